@@ -1,0 +1,66 @@
+# vpcctl: make help
+
+PYTHON  ?= python3
+PREFIX  ?= /usr/local
+DESTDIR ?=
+
+VPCCTL  := $(CURDIR)/vpcctl.py
+BINDIR   = $(DESTDIR)$(PREFIX)/bin
+COMPDIR  = $(DESTDIR)$(PREFIX)/share/bash-completion/completions
+MANDIR   = $(DESTDIR)$(PREFIX)/share/man/man8
+
+# ip and iptables live in /usr/sbin, which an ordinary user may not have on PATH
+export PATH := $(PATH):/usr/sbin:/sbin
+export PYTHONDONTWRITEBYTECODE := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help install uninstall check test test-faults bench demo clean packages flag-check
+
+help: ## this list
+	@echo "vpcctl: cloud VPCs on one Linux machine"
+	@echo
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+demo: packages ## the tutorial in a throw-away sandbox, every step checked
+	@$(PYTHON) tests/demo.py
+
+test: packages flag-check ## all tests; the end-to-end ones run in sandboxes
+	@$(PYTHON) tests/run.py
+
+check: flag-check ## the command table and the tests that need no root
+	@$(PYTHON) tests/run.py --unit
+
+flag-check:
+	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) is missing: install python3 (3.6 or later)"; exit 1; }
+	@$(PYTHON) $(VPCCTL) flag-check
+
+test-faults: packages ## the tests that inject failures and kills
+	@$(PYTHON) tests/run.py --faults
+
+bench: packages ## time the commands
+	@$(PYTHON) tests/bench.py
+
+install: packages ## vpcctl on PATH (packages that are missing, then a symlink in $PREFIX/bin)
+	@mkdir -p "$(BINDIR)" || { echo "make: cannot write to $(BINDIR): try sudo make install"; exit 1; }
+	@chmod +x "$(VPCCTL)" 2>/dev/null || true
+	@if [ -e "$(BINDIR)/vpcctl" ] && [ ! -L "$(BINDIR)/vpcctl" ]; then \
+	    echo "make: $(BINDIR)/vpcctl exists and is not a symlink: it is left alone"; exit 1; fi
+	@ln -sfn "$(VPCCTL)" "$(BINDIR)/vpcctl" || { echo "make: cannot write to $(BINDIR): try sudo make install"; exit 1; }
+	@for pair in "completion bash|$(COMPDIR)/vpcctl" "man|$(MANDIR)/vpcctl.8"; do \
+	    file="$${pair#*|}"; text=$$($(PYTHON) "$(VPCCTL)" $${pair%%|*} 2>/dev/null) && [ -n "$$text" ] || continue; \
+	    mkdir -p "$$(dirname "$$file")" && printf '%s\n' "$$text" > "$$file"; done
+	@echo "Installed: $(BINDIR)/vpcctl -> $(VPCCTL)"
+
+uninstall: ## take away what install made; VPCs and packages stay
+	@if [ -L "$(BINDIR)/vpcctl" ]; then rm -f "$(BINDIR)/vpcctl" || exit 1; echo "Removed $(BINDIR)/vpcctl"; fi
+	@rm -f "$(COMPDIR)/vpcctl" "$(MANDIR)/vpcctl.8"
+
+clean: ## remove what running leaves behind (never the records of live VPCs)
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+	@find . -name '*.pyc' -type f -exec rm -f {} +
+	@if [ -d .vpcctl_data ] && ls .vpcctl_data/vpc_*.json >/dev/null 2>&1; then \
+	    echo ".vpcctl_data is kept: it holds VPCs (vpcctl cleanup-all deletes them)"; \
+	else rm -rf .vpcctl_data; fi
+
+packages:
+	@sh tests/packages.sh

@@ -1,0 +1,4196 @@
+#!/usr/bin/env python3
+"""vpcctl - a cloud network (VPC) on the machine in front of you, from Linux's own parts.
+
+        VPC blog 10.20.0.0/16                               the host
+    +-- namespace ns-blog-web ---+
+    |  10.20.1.2  v-blog-web-a   |==veth==+
+    +----------------------------+        |   bridge br-blog      routing table of blog     eth0
+                                          +== 10.20.1.1      ---> chain vpc-blog       ---> NAT ---> internet
+    +-- namespace ns-blog-db ----+        |   10.20.2.1           (iptables FORWARD)
+    |  10.20.2.2  v-blog-db-a    |==veth==+
+    +----------------------------+
+
+A subnet is a network namespace, a VPC is a bridge, and the host is the router between them. Each thing in the
+kernel is described once, as a Step: the command that makes it, the command that takes it back, the fact by which
+one sees it, and the reason. Plans are lists of steps; create, delete, restore, verify and --dry-run only read them.
+
+Exit codes: 0 done, or the answer is yes; 1 the answer is no; 2 refused input; 3 a command failed and what was
+done was taken back; 4 the machine lacks something; 130/143 stopped by a signal.
+"""
+import argparse
+import json
+import os
+import re
+import sys
+from collections import namedtuple
+
+VERSION = "1.0.0"
+ALIAS = "vpcctl:"                 # our mark on links, followed by the VPC's name
+PROTOCOL = "118"                  # our mark on routes and routing rules
+FENCE_TABLE = "7000"              # unreachable for every VPC's range: read by VPCs with NAT, after their own table
+FIRST_TABLE = 7001                # route tables of VPCs
+PREF_OWN, PREF_FENCE, PREF_OUT, PREF_END = "7001", "7002", "7003", "7004"
+MARK_BITS, MARK_SALT = 12, (1 << 12) - 1
+NETNS_DIR, ETC_NETNS, RUN_DIR = "/run/netns", "/etc/netns", "/run/vpcctl"
+NOBODY = 65534
+LOCK_WAIT, APP_WAIT, STOP_WAIT, LOG_LIMIT = 60.0, 10.0, 5.0, 1 << 20
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,31}\Z")
+DEFAULT_POLICY = {"ingress": [{"port": 80, "protocol": "tcp", "action": "allow"},
+                              {"port": 443, "protocol": "tcp", "action": "allow"},
+                              {"port": 22, "protocol": "tcp", "action": "deny"}],
+                  "egress": []}
+# In a namespace, before its link comes up: no IPv6 (the rules speak IPv4), no redirects, low ports for user nobody.
+NS_SYSCTLS = (("net.ipv6.conf.all.disable_ipv6", "1", "the rules speak IPv4 only"),
+              ("net.ipv6.conf.default.disable_ipv6", "1", "the rules speak IPv4 only"),
+              ("net.ipv4.conf.all.accept_redirects", "0", "nobody may redirect traffic around the gateway"),
+              ("net.ipv4.conf.default.accept_redirects", "0", "nobody may redirect traffic around the gateway"),
+              ("net.ipv4.ip_unprivileged_port_start", "0", "apps without root may use port 80"))
+
+
+# ------------------------------------------------------------------------------------------------ values
+
+class Problem(Exception):
+    """What the user is told: what is wrong, what to do about it, and the exit code."""
+
+    def __init__(self, message, hint="", code=2):
+        super().__init__(message)
+        self.hint, self.code = hint, code
+
+
+class Interrupted(Exception):
+    """A signal asked us to stop; raised between two commands, never inside one."""
+
+
+# The order in which things of different kinds are made; they are taken back the other way round.
+SPACE, LINK, SYSCTL, WIRE, ROUTE, INSIDE, FIREWALL, PLUG, FILE = range(9)
+
+
+class Step:
+    """One thing in the kernel: how to make it, how to take it back, how to see it, and why it is there.
+
+    `do` and `undo` are tuples of argument lists. Without `undo` it goes when its `holder` (a fact) goes. `key` says
+    which thing it is when its content may change (a policy); `optional` names what is lost where a kernel cannot.
+    """
+    __slots__ = ("phase", "fact", "do", "undo", "why", "holder", "key", "optional")
+
+    def __init__(self, phase, fact, do, undo=(), why="", holder=None, key=None, optional=""):
+        self.phase, self.fact, self.why, self.holder, self.optional = phase, fact, why, holder, optional
+        self.do = _commands(do)
+        self.undo = _commands(undo)
+        self.key = key or fact
+
+
+def _commands(given):
+    """One command as a string without odd characters, or a tuple of argument lists -> tuple of argument lists."""
+    if isinstance(given, str):
+        return (tuple(given.split()),)
+    return tuple(given)
+
+
+def sysctl_path(key):
+    """The file behind a sysctl key. In our keys a dot in an interface's name is written as a slash, as sysctl does."""
+    return "/proc/sys/" + key.replace(".", "\0").replace("/", ".").replace("\0", "/")
+
+
+def sysctl_step(key, value, why, undo=(), optional="", phase=SYSCTL, holder=None):
+    """A kernel switch of the host."""
+    return Step(phase, ("sysctl", key, value), "sysctl -w %s=%s" % (key, value), undo, why, holder, None, optional)
+
+
+def link_conf(family, device, switch):
+    """The sysctl key of an interface's switch."""
+    return "net.%s.conf.%s.%s" % (family, device.replace(".", "/"), switch)
+
+
+def rule_step(chain, rule, why, table="filter", place=None, mark="vpcctl", holder=None):
+    """A firewall rule of the host; place: None (anywhere), "first" or "last" in its chain.
+
+    Rules that may stand anywhere go in behind the first one, so that "last" stays last.
+    """
+    where = ["-t", table] if table != "filter" else []
+    rule = tuple(rule) + ("-m", "comment", "--comment", mark)
+    at = {"first": ("-I", chain, "1"), "last": ("-A", chain), None: ("-I", chain, "2"),
+          "append": ("-A", chain), "prepend": ("-I", chain, "1")}[place]
+    place = place if place in ("first", "last") else None
+    return Step(FIREWALL, ("rule", table, chain, rule_key(rule), place), (("iptables", *where, *at, *rule),),
+                (("iptables", *where, "-D", chain, *rule),), why, holder)
+
+
+def chain_step(chain, why, holder=None):
+    """A firewall chain of our own; its rules go with it."""
+    return Step(FIREWALL, ("chain", "filter", chain), "iptables -N " + chain,
+                (("iptables", "-F", chain), ("iptables", "-X", chain)), why, holder)
+
+
+RULE_ALIASES = {"--icmp-type": {"echo-request": "8", "any": "255"}}
+
+
+def rule_key(tokens):
+    """A rule's meaning, whatever the order and spelling in which iptables prints it: a sorted tuple of pairs."""
+    pairs, negated, position = [], "", 0
+    while position < len(tokens):
+        option, position = tokens[position], position + 1
+        if option == "!":
+            negated = "!"
+            continue
+        value = ""
+        if position < len(tokens) and not tokens[position].startswith("-") and tokens[position] != "!":
+            value, position = tokens[position], position + 1
+        if option != "-m":
+            value = RULE_ALIASES.get(option, {}).get(value, value)
+            if option in ("-s", "-d") and value.endswith("/32"):
+                value = value[:-3]
+            if option == "--mac-source":
+                value = value.lower()
+            if option == "--ctstate":
+                value = ",".join(sorted(value.split(",")))
+            if not (option == "--icmp-type" and value == "255"):
+                pairs.append((negated + option, value))
+        negated = ""
+    return tuple(sorted(pairs))
+
+
+def as_network(text):
+    """An IPv4 block without host bits -> ipaddress.IPv4Network; Problem otherwise."""
+    import ipaddress
+    if not re.match(r"\d+\.\d+\.\d+\.\d+/\d+\Z", text):
+        raise Problem("'%s' is not an IPv4 block" % text, "write it like 10.20.0.0/16")
+    try:
+        return ipaddress.IPv4Network(text)
+    except ValueError as error:
+        try:
+            fixed = ipaddress.IPv4Network(text, strict=False)
+        except ValueError:
+            raise Problem("'%s' is not an IPv4 block: %s" % (text, error), "write it like 10.20.0.0/16") from None
+        raise Problem("'%s' has host bits set" % text, "the block that holds it is %s" % fixed) from None
+
+
+def inside(inner, outer):
+    """Whether block `inner` lies in block `outer` (subnet_of came only with Python 3.7)."""
+    return (outer.network_address <= inner.network_address and inner.broadcast_address <= outer.broadcast_address)
+
+
+def name_type(text):
+    """argparse type: a VPC's or subnet's name."""
+    if not NAME.match(text):
+        raise argparse.ArgumentTypeError(
+            "'%s' is not a name: 1 to 32 letters, digits, '-' or '_', starting with a letter or digit" % text)
+    return text
+
+
+def network_type(text):
+    """argparse type: an IPv4 block, kept as text."""
+    try:
+        return str(as_network(text))
+    except Problem as problem:
+        raise argparse.ArgumentTypeError("%s; %s" % (problem, problem.hint)) from None
+
+
+def networks_type(text):
+    """argparse type: comma-separated IPv4 blocks."""
+    blocks = [network_type(part.strip()) for part in text.split(",") if part.strip()]
+    if not blocks:
+        raise argparse.ArgumentTypeError("no block given; write them like 10.10.1.0/24,10.20.1.0/24")
+    return sorted(set(blocks), key=blocks.index)
+
+
+def address_type(text):
+    """argparse type: an IPv4 address."""
+    import ipaddress
+    try:
+        return str(ipaddress.IPv4Address(text))
+    except ValueError:
+        raise argparse.ArgumentTypeError("'%s' is not an IPv4 address; write it like 10.20.1.1" % text) from None
+
+
+def port_type(text):
+    """argparse type: a port, 1 to 65535."""
+    if not re.match(r"\d{1,5}\Z", text) or not 1 <= int(text) <= 65535:
+        raise argparse.ArgumentTypeError("'%s' is not a port: a number from 1 to 65535" % text)
+    return int(text)
+
+
+def interface_type(text):
+    """argparse type: the name of a network interface."""
+    if not re.match(r"[A-Za-z0-9][A-Za-z0-9_.@:-]{0,14}\Z", text):
+        raise argparse.ArgumentTypeError("'%s' is not an interface name; `ip link` lists them" % text)
+    return text
+
+
+def names_type(text):
+    """argparse type: comma-separated names."""
+    return [name_type(part.strip()) for part in text.split(",") if part.strip()]
+
+
+def publish_type(text):
+    """argparse type: HOSTPORT[:PORT] -> (host port, port)."""
+    outer, _, inner = text.partition(":")
+    return port_type(outer), port_type(inner or outer)
+
+
+# ------------------------------------------------------------------------------------------------ the executor
+
+class Failure(Exception):
+    """A command failed: the command as one would type it, and what it said."""
+
+    def __init__(self, argv, said):
+        super().__init__(said)
+        self.argv, self.said = argv, said
+
+
+GONE = re.compile(r"Cannot find device|No such (file|process|device)|does not exist|Cannot assign requested address|"
+                  r"does a matching rule exist|No chain/target/match|Invalid argument: remove|RULE_DELETE failed|"
+                  r"Cannot remove namespace file|not exist", re.I)
+
+
+def shown(argv):
+    """A command as one would type it; a file's content is left out."""
+    if argv[0] == "tee":
+        argv = argv[:2]
+    if argv[-1] == "&":
+        return shown(argv[:-1]) + " &"
+    if all(re.match(r"[\w@%+=:,./-]+\Z", word) for word in argv):
+        return " ".join(argv)
+    import shlex
+    return " ".join(shlex.quote(word) for word in argv)
+
+
+def popen(argv, **options):
+    """Start a system tool in a session of its own, so that a terminal's Ctrl-C reaches only vpcctl, which then
+    finishes the command at hand and takes back what was done. Problem 4 if the tool is missing."""
+    import subprocess
+    options.setdefault("stdin", subprocess.DEVNULL)
+    try:
+        return subprocess.Popen(argv, start_new_session=True, **options)
+    except FileNotFoundError:
+        raise missing_tool(argv[0]) from None
+
+
+def call(argv, text=None):
+    """Run a system tool to its end -> (exit code, stdout, stderr)."""
+    import subprocess
+    child = popen(argv, stdin=subprocess.PIPE if text is not None else subprocess.DEVNULL,
+                  stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    out, err = child.communicate(text.encode() if text is not None else None)
+    return child.returncode, out.decode("utf-8", "replace"), err.decode("utf-8", "replace")
+
+
+PACKAGES = {"ip": "iproute2 (RHEL: iproute)", "bridge": "iproute2 (RHEL: iproute)", "iptables": "iptables",
+            "iptables-save": "iptables", "iptables-restore": "iptables", "unshare": "util-linux",
+            "setpriv": "util-linux", "nsenter": "util-linux"}
+
+
+def missing_tool(tool):
+    """The Problem for a system tool that is not installed."""
+    return Problem("Cannot find required command: %s" % tool,
+                   "install the package %s, for example: sudo apt install -y %s"
+                   % (PACKAGES.get(tool, tool), PACKAGES.get(tool, tool).split()[0]), 4)
+
+
+def enter_namespace(name):
+    """Move the calling thread (only it) into a network namespace."""
+    handle = os.open(os.path.join(NETNS_DIR, name), os.O_RDONLY)
+    try:
+        if hasattr(os, "setns"):
+            os.setns(handle, 0x40000000)
+        else:
+            import ctypes
+            libc = ctypes.CDLL(None, use_errno=True)
+            if libc.setns(handle, 0x40000000):
+                raise OSError(ctypes.get_errno(), "setns: " + os.strerror(ctypes.get_errno()))
+    finally:
+        os.close(handle)
+
+
+def in_namespaces(names, work):
+    """Run work(name) for each namespace, each in a thread that has entered it, as many at a time as there are cores.
+
+    Returns name -> result; an exception is a result too. Children of such a thread live in the namespace as well.
+    """
+    import threading
+    queue, results = list(reversed(list(names))), {}
+
+    def worker():
+        while True:
+            try:
+                name = queue.pop()
+            except IndexError:
+                return
+            try:
+                enter_namespace(name)
+                results[name] = work(name)
+            except Exception as error:            # handed to the caller, who knows what it means
+                results[name] = error
+    threads = [threading.Thread(target=worker) for _ in range(max(1, min(len(queue), os.cpu_count() or 1)))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+def in_namespace(name, work):
+    """Run work() inside one namespace and return its result; exceptions come through."""
+    result = in_namespaces([name], lambda _: work())[name]
+    if isinstance(result, Exception):
+        raise result
+    return result
+
+
+def lane(argv):
+    """Which batch a command can ride in: consecutive commands of one lane become one process."""
+    if argv[:2] == ("ip", "-n"):
+        return "ns", argv[2]
+    if argv[:3] == ("ip", "netns", "exec"):
+        return "ns", argv[3]
+    if argv[0] == "iptables":
+        return "iptables", argv[2] if argv[1] == "-t" else "filter"
+    return ("file" if argv[0] in FILE_WORKS else argv[0]), ""
+
+
+def inner(argv):
+    """A command for a namespace, as it is typed inside it."""
+    return ("ip",) + argv[3:] if argv[1] == "-n" else argv[4:]
+
+
+def quoted(word):
+    """An argument as iptables-restore reads it."""
+    return '"%s"' % word if re.search(r"[\s']", word) or not word else word
+
+
+def ip_batch(tool, commands):
+    """Run commands of ip or bridge in one process -> how many were done, error text."""
+    if len(commands) == 1:
+        code, _, said = call(list(commands[0]))
+        return (1, "") if code == 0 else (0, said)
+    code, _, said = call([tool, "-batch", "-"], "".join(" ".join(argv[1:]) + "\n" for argv in commands))
+    if code == 0:
+        return len(commands), ""
+    failed = re.search(r"Command failed -:(\d+)", said)
+    return (int(failed.group(1)) - 1 if failed else 0), re.sub(r"Command failed.*\n?", "", said)
+
+
+def iptables_batch(table, commands):
+    """Put firewall commands in as one transaction: all or none -> how many were done, error text."""
+    lines = []
+    for argv in commands:
+        words = argv[3:] if argv[1] == "-t" else argv[1:]
+        lines.append(" ".join(quoted(word) for word in words))
+    code, _, said = call(["iptables-restore", "-w", "5", "--noflush"], "*%s\n%s\nCOMMIT\n" % (table, "\n".join(lines)))
+    return (len(commands), "") if code == 0 else (0, said or "iptables-restore: exit code %d" % code)
+
+
+def file_batch(commands):
+    """Small works on files and switches, done here rather than by a process each -> how many were done, error."""
+    for done, argv in enumerate(commands):
+        try:
+            FILE_WORKS[argv[0]](*argv[1:])
+        except OSError as error:
+            return done, "%s: %s" % (error.filename or argv[-1], error.strerror)
+    return len(commands), ""
+
+
+def _write_sysctl(_, setting):
+    key, value = setting.split("=", 1)
+    if key.startswith("net.ipv6.") and not os.path.exists("/proc/sys/net/ipv6"):
+        return                                    # this kernel has no IPv6 to switch off
+    with open(sysctl_path(key), "w") as switch:
+        switch.write(value)
+
+
+def _unlink(*paths):
+    for path in paths:
+        if path != "-f" and os.path.lexists(path):
+            os.unlink(path)
+
+
+def _rmdir(*paths):
+    try:
+        os.rmdir(paths[-1])
+    except OSError:
+        return                                    # absent, or somebody else's file is in it: leave it
+
+
+def _tee(path, text):
+    with open(path, "w") as handle:               # in place: running programs have this very file mounted
+        handle.write(text)
+
+
+FILE_WORKS = {"sysctl": _write_sysctl, "tee": _tee, "mkdir": lambda *words: os.makedirs(words[-1], 0o755, exist_ok=True),
+              "ln": lambda *words: os.symlink(*words[-2:]), "rm": _unlink, "rmdir": _rmdir}
+
+
+def run_lane(kind, where, commands):
+    """Run commands that share a lane -> how many were done, error text."""
+    if kind in ("ip", "bridge"):
+        return ip_batch(kind, commands)
+    if kind == "iptables":
+        return iptables_batch(where, commands)
+    if kind == "file":
+        return file_batch(commands)
+    code, _, said = call(list(commands[0]))
+    return (1, "") if code == 0 else (0, said)
+
+
+def split_lanes(commands):
+    """Group consecutive commands by lane -> list of (kind, where, commands)."""
+    groups = []
+    for argv in commands:
+        kind, where = lane(argv)
+        if groups and groups[-1][:2] == (kind, where):
+            groups[-1][2].append(argv)
+        else:
+            groups.append((kind, where, [argv]))
+    return groups
+
+
+def run_inside(commands):
+    """Run one namespace's commands; the calling thread is in it -> how many were done, error text."""
+    done = 0
+    for kind, where, group in split_lanes([inner(argv) for argv in commands]):
+        count, said = run_lane(kind, where, group)
+        done += count
+        if said or count < len(group):
+            return done, said
+    return done, ""
+
+
+class Executor:
+    """The one place that changes the machine: echoes each command, batches them, and takes back what was done."""
+
+    def __init__(self, dry_run=False, quiet=False, why=False, out=None):
+        self.dry_run, self.quiet, self.why = dry_run, quiet, why
+        self.out = out or sys.stdout
+        self.stopped_by = 0                       # the signal that asked us to stop
+        self.lost = []                            # what optional steps could not do on this kernel
+        self.commands = 0
+
+    def watch_signals(self):
+        """From here on a signal is noted and obeyed between two commands."""
+        import signal
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self._note_signal)
+
+    def _note_signal(self, number, _frame):
+        self.stopped_by = number
+
+    def heed(self):
+        """Raise Interrupted if a signal asked us to stop."""
+        if self.stopped_by:
+            raise Interrupted(self.stopped_by)
+
+    def echo(self, argv, why=""):
+        """Print a command before it runs, as one would type it."""
+        if not self.quiet or self.dry_run:
+            self.say(">>> %s%s" % (shown(argv), "   # " + why if self.why and why else ""))
+
+    def say(self, text):
+        """Print a line; a reader who has gone away never stops a change midway."""
+        try:
+            self.out.write(text + "\n")
+        except BrokenPipeError:
+            self.out = open(os.devnull, "w")
+            os.dup2(self.out.fileno(), sys.stdout.fileno())
+
+    def transact(self, removes, makes):
+        """Take back the steps of `removes`, then make those of `makes`: pairs (old step or None, new step).
+
+        If one cannot be made, or a signal comes in between, what this run did is taken back, newest first, and what
+        it had removed is put there again. Raises Problem (code 3) or Interrupted then.
+        """
+        makes = sorted(makes, key=lambda pair: pair[1].phase)
+        self.heed()
+        left = self.take_back(removes)
+        if left:
+            raise Problem("could not remove: " + "; ".join(left), "run the same command again, or `vpcctl verify`", 3)
+        if not makes:
+            return
+        made = []
+        try:
+            self.make(makes, made)
+            self.heed()
+        except (Failure, Interrupted, Problem) as trouble:
+            left = self._roll_back(made, removes)
+            if isinstance(trouble, Failure):
+                trouble = Problem("`%s` failed: %s" % (shown(trouble.argv), trouble.said.strip() or "no reason given"),
+                                  "what was done has been taken back" if not left else "", 3)
+            if left:
+                say_error("could not take back: " + "; ".join(left) + "; `vpcctl restore` repairs it")
+            raise trouble
+
+    def _roll_back(self, made, removed):
+        if made or removed:
+            self.say("taking back what was done:")
+        stopped, self.stopped_by = self.stopped_by, 0
+        swapped = [(new, old) for old, new in made if old]
+        left = self.take_back([new for old, new in made if not old])
+        try:
+            self.make(swapped + [(None, step) for step in sorted(removed, key=lambda step: step.phase)], [])
+        except (Failure, Interrupted) as trouble:
+            left.append(str(trouble))
+        self.stopped_by = stopped
+        return left
+
+    def make(self, pairs, made):
+        """Make steps in order; `made` receives each pair that was begun and is (at least partly) there."""
+        commands = []                             # (pair, command, is it the pair's last)
+        for pair in pairs:
+            own = (pair[0].undo if pair[0] and pair[0].key[0] != "file" else ()) + pair[1].do
+            commands.extend((pair, argv, position == len(own) - 1) for position, argv in enumerate(own))
+        position = 0
+        while position < len(commands):
+            self.heed()
+            end = self._end_of_lane(commands, position)
+            position = self._run_slice(commands, position, end, made)
+
+    @staticmethod
+    def _end_of_lane(commands, start):
+        """Where the batch that begins at `start` ends: one lane, or any number of namespaces side by side."""
+        kind, where = lane(commands[start][1])
+        end = start + 1
+        while end < len(commands):
+            next_kind, next_where = lane(commands[end][1])
+            if next_kind != kind or (kind != "ns" and next_where != where):
+                break
+            end += 1
+        return end
+
+    def _run_slice(self, commands, start, end, made):
+        """Run one batch; returns where to go on. A failed optional step is noted and passed over."""
+        for pair, argv, _ in commands[start:end]:
+            self.echo(argv, pair[1].why)
+        if self.dry_run:
+            return end
+        self._flush()
+        kind, where = lane(commands[start][1])
+        if kind == "ns":
+            self._run_namespaces(commands[start:end], made)
+            return end
+        done, said = run_lane(kind, where, [argv for _, argv, _ in commands[start:end]])
+        self.commands += done
+        made.extend(pair for pair, _, last in commands[start:start + done] if last)
+        if done == end - start:
+            return end
+        pair, argv, last = commands[start + done]
+        if not pair[1].optional:
+            if not last or kind == "iptables":
+                made.append(pair)                 # begun, perhaps: taking back is tolerant of what is not there
+            raise Failure(argv, said)
+        self.lost.append((pair[1], said.strip()))
+        return start + done + 1
+
+    def _run_namespaces(self, commands, made):
+        """Run each namespace's commands in a thread of its own."""
+        groups = {}
+        for item in commands:
+            groups.setdefault(lane(item[1])[1], []).append(item)
+        results = in_namespaces(groups, lambda name: run_inside([argv for _, argv, _ in groups[name]]))
+        trouble = None
+        for name, result in results.items():
+            done, said = result if isinstance(result, tuple) else (0, str(result))
+            self.commands += done
+            made.extend(pair for pair, _, last in groups[name][:done] if last)
+            if done < len(groups[name]):
+                pair, argv, _ = groups[name][done]
+                if pair[0]:
+                    made.append(pair)
+                trouble = trouble or Failure(argv, said)
+        if trouble:
+            raise trouble
+
+    def take_back(self, steps):
+        """Undo steps, newest kind first, tolerant of what is gone -> list of what could not be undone.
+
+        What goes with its holder needs no command of its own.
+        """
+        going = {step.fact for step in steps}
+        commands = []
+        for step in sorted(reversed(list(steps)), key=lambda step: -step.phase):
+            if step.holder not in going:
+                commands.extend((step, argv) for argv in step.undo)
+        # A chain can go only when no rule of another chain jumps to it any more.
+        commands.sort(key=lambda item: (-item[0].phase, "-X" in item[1]))
+        for step, argv in commands:
+            self.echo(argv, "undo: " + step.why if step.why else "")
+        if self.dry_run or not commands:
+            return []
+        self._flush()
+        left = []
+        for kind, where, group in split_lanes([argv for _, argv in commands]):
+            left.extend(take_back_lane(kind, where, group))
+        return left
+
+    def _flush(self):
+        try:
+            self.out.flush()
+        except BrokenPipeError:
+            self.say("")
+
+
+def take_back_lane(kind, where, group):
+    """Run commands that remove things -> what could not be removed. A batch that fails is run one by one."""
+    if kind == "ns":
+        result = in_namespaces([where], lambda _: run_inside(group))[where]
+        said = "" if isinstance(result, tuple) and result[0] == len(group) else str(result)
+        return [] if not said or not os.path.exists(os.path.join(NETNS_DIR, where)) else [shown(group[0]) + ": " + said]
+    links = [argv[3] for argv in group if argv[:3] == ("ip", "link", "del")]
+    batch = together(links) + [argv for argv in group if argv[:3] != ("ip", "link", "del")] if links[1:] else group
+    done, _ = run_lane(kind, where, batch) if kind != "file" else (0, "")
+    if done == len(batch):
+        return []
+    left = []
+    for argv in group:
+        done, said = run_lane(kind, where, [argv])
+        if not done and not GONE.search(said):
+            left.append("%s: %s" % (shown(argv), said.strip()))
+    return left
+
+
+def together(links):
+    """Commands that remove many links at once: the kernel waits once per command, not once per link (measured:
+    50 links 1.7 s one by one, 0.05 s as a group). The group's number is random, so nobody else's link is in it."""
+    group = str(0x40000000 | int.from_bytes(os.urandom(4), "big") >> 2)
+    return [("ip", "link", "set", link, "group", group) for link in links] + [("ip", "link", "del", "group", group)]
+
+
+def say_error(text):
+    """Print a line on stderr, whatever has become of it."""
+    try:
+        sys.stderr.write(text + "\n")
+        sys.stderr.flush()
+    except (OSError, ValueError):
+        sys.stderr = open(os.devnull, "w")
+
+
+# ------------------------------------------------------------------------------------------------ the store
+
+_ADDRESS = r"\d{1,3}\.\d{1,3}\.\d{1,3}\.\d{1,3}"
+_BLOCK = _ADDRESS + r"/\d{1,2}"
+_DEVICE = r"[A-Za-z0-9][A-Za-z0-9_.@:-]{0,14}"
+_LABEL = r"[A-Za-z0-9][A-Za-z0-9_-]{0,79}"
+_NAME = r"[A-Za-z0-9][A-Za-z0-9_-]{0,31}"
+_PORT = (1, 65535)
+# What a record may hold: a pattern, a range of numbers, a list of one kind, or keys (with "?" = may be absent).
+RECORD_SHAPE = {
+    "format": (1, 1), "name": _NAME, "cidr": _BLOCK, "bridge": _DEVICE, "chain": r"[A-Za-z0-9_-]{1,28}",
+    "chain_in": r"[A-Za-z0-9_-]{1,28}", "chain_src": r"[A-Za-z0-9_-]{1,28}", "table": (FIRST_TABLE, 1 << 31),
+    "mac": r"[0-9a-f:]{17}", "iptables": r"[a-z_]{1,20}", "unlocked?": bool,
+    "subnets": [{"name": _NAME, "cidr": _BLOCK, "ns": _LABEL, "gw": _ADDRESS, "host_ip": _ADDRESS,
+                 "veth": _DEVICE, "mac": r"[0-9a-f:]{17}", "policy": dict}],
+    "host_iptables": [list],
+    "apps": [{"subnet": _NAME, "ns": _LABEL, "port": _PORT, "pid": (0, 1 << 31), "cmd": [str], "start": str,
+              "command?": [str], "log": r"[A-Za-z0-9_.-]{1,120}"}],
+    "peers": [{"peer_vpc": _NAME, "veth_a": _DEVICE, "veth_b": _DEVICE, "chain": r"[A-Za-z0-9_-]{1,28}",
+               "allowed": [_BLOCK], "side": r"[ab]"}],
+    "nat?": {"interface": _DEVICE, "subnets?": [_NAME], "dns": [_ADDRESS]},
+    "forward?": {"was": r"[01]", "kept_off": [_DEVICE]},
+    "published": [{"subnet": _NAME, "host_port": _PORT, "port": _PORT, "protocol": r"tcp|udp", "interface": _DEVICE}],
+}
+
+
+def check_shape(value, shape, place="the record"):
+    """Raise ValueError if a record read from a file is not what vpcctl writes: what it says is data, not commands."""
+    if isinstance(shape, str):
+        if not isinstance(value, str) or not re.match("(?:%s)\\Z" % shape, value):
+            raise ValueError("%s is %.60r" % (place, value))
+    elif isinstance(shape, tuple):
+        if isinstance(value, bool) or not isinstance(value, int) or not shape[0] <= value <= shape[1]:
+            raise ValueError("%s is %.60r" % (place, value))
+    elif isinstance(shape, list):
+        if not isinstance(value, list):
+            raise ValueError("%s is %.60r" % (place, value))
+        for number, item in enumerate(value):
+            check_shape(item, shape[0], "%s[%d]" % (place, number))
+    elif isinstance(shape, dict):
+        _check_keys(value, shape, place)
+    elif not isinstance(value, shape):
+        raise ValueError("%s is %.60r" % (place, value))
+
+
+def _check_keys(value, shape, place):
+    if not isinstance(value, dict):
+        raise ValueError("%s is %.60r" % (place, value))
+    known = {key.rstrip("?"): key for key in shape}
+    for key in value:
+        if key not in known:
+            raise ValueError("%s has an unknown key %.60r" % (place, key))
+    for key, spelled in known.items():
+        if value.get(key) is not None:
+            check_shape(value[key], shape[spelled], "%s.%s" % (place, key))
+        elif not spelled.endswith("?"):
+            raise ValueError("%s lacks '%s'" % (place, key))
+
+
+def check_record(record, name):
+    """Raise ValueError unless `record` is a sound record of VPC `name`."""
+    check_shape(record, RECORD_SHAPE)
+    if record["name"] != name:
+        raise ValueError("it says it is of '%s'" % record["name"])
+    try:
+        own = as_network(record["cidr"])
+        for subnet in record["subnets"]:
+            if not inside(as_network(subnet["cidr"]), own):
+                raise ValueError("subnet %s is outside of %s" % (subnet["name"], own))
+            check_policy(subnet["policy"], "subnet %s" % subnet["name"])
+            policy_names(subnet, record)
+    except Problem as problem:
+        raise ValueError(str(problem)) from None
+    known = {subnet["name"] for subnet in record["subnets"]}
+    used = [item["subnet"] for item in record["apps"] + record["published"]]
+    strange = [name for name in used + ((record.get("nat") or {}).get("subnets") or []) if name not in known]
+    if strange or len(known) != len(record["subnets"]):
+        raise ValueError("it names subnet %s, which it does not hold" % (strange or "twice"))
+
+
+class Store:
+    """The records: one JSON file per VPC, and while a change is under way the intended record beside it.
+
+    vpc_<name>.json is what was last finished; vpc_<name>.intent is what a change that has begun will lead to (`null`:
+    the VPC is to go). An intent that outlives its command was left by a kill, and is finished by the next one.
+    """
+
+    def __init__(self, folder):
+        self.folder = folder
+        self._lock = None
+
+    def path(self, name, kind="json"):
+        """The file of a VPC's record."""
+        return os.path.join(self.folder, "vpc_%s.%s" % (name, kind))
+
+    def check_folder(self):
+        """Problem if the folder is a link or open to others: what is in it decides what root does."""
+        import stat
+        try:
+            found = os.lstat(self.folder)
+        except OSError:
+            return
+        if stat.S_ISLNK(found.st_mode):
+            raise Problem("the data folder %s is a symbolic link" % self.folder, "name the real folder with --data-dir")
+        if not stat.S_ISDIR(found.st_mode):
+            raise Problem("the data folder %s is not a folder" % self.folder)
+        if found.st_uid not in (0, os.geteuid()) and os.geteuid() == 0:
+            raise Problem("the data folder %s belongs to user %d, not to root" % (self.folder, found.st_uid),
+                          "if you trust what is in it: sudo chown -R root %s" % self.folder)
+        if found.st_mode & 0o022:
+            raise Problem("others may write in the data folder %s" % self.folder, "sudo chmod go-w %s" % self.folder)
+
+    def prepare(self):
+        """Make the folder, and see that it can be written before the kernel is touched."""
+        self.check_folder()
+        probe = os.path.join(self.folder, ".probe")
+        try:
+            os.makedirs(self.folder, 0o755, exist_ok=True)
+            handle = os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o644)
+            try:
+                os.write(handle, b"\0" * 4096)
+            finally:
+                os.close(handle)
+                os.unlink(probe)
+        except OSError as error:
+            raise Problem("cannot write in the data folder %s: %s" % (self.folder, error.strerror),
+                          "free some space, or name another folder with --data-dir", 3) from None
+
+    def lock(self, title):
+        """Let one change happen at a time; waits, says for whom, and gives up after a minute (VPCCTL_WAIT seconds)."""
+        import fcntl
+        import time
+        self._lock = os.open(os.path.join(self.folder, "lock"), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        limit = float(os.environ.get("VPCCTL_WAIT") or LOCK_WAIT)
+        begun, told = time.monotonic(), False
+        while True:
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                waited = time.monotonic() - begun
+                if waited >= limit:
+                    raise Problem("another vpcctl is at work: %s" % self._holder(),
+                                  "try again when it has finished", 3) from None
+                if waited > 1 and not told:
+                    told = say_error("waiting for another vpcctl: %s" % self._holder()) or True
+                time.sleep(0.02)
+        try:
+            os.ftruncate(self._lock, 0)
+            os.pwrite(self._lock, ("process %d, %s" % (os.getpid(), title)).encode(), 0)
+        except OSError:
+            pass                                  # the disk is full: the name of the holder is a courtesy
+
+    def _holder(self):
+        return os.pread(self._lock, 200, 0).decode("utf-8", "replace") or "an unknown process"
+
+    def names(self, kind="json"):
+        """Names of the VPCs that have a file of this kind."""
+        try:
+            found = sorted(os.listdir(self.folder))
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise Problem("cannot read the data folder %s: %s" % (self.folder, error.strerror), "use sudo", 4) from None
+        return [entry[4:-len(kind) - 1] for entry in found
+                if entry.startswith("vpc_") and entry.endswith("." + kind) and NAME.match(entry[4:-len(kind) - 1])]
+
+    def _read(self, name, kind):
+        handle = os.open(self.path(name, kind), os.O_RDONLY | os.O_NOFOLLOW)
+        with os.fdopen(handle, encoding="utf-8") as opened:
+            record = json.load(opened)
+        if kind == "intent" and record == {"gone": name}:
+            return None
+        check_record(record, name)
+        return record
+
+    def load(self):
+        """Read everything -> (finished records, intents, damaged: name -> what is wrong)."""
+        self.check_folder()
+        world, intents, damaged = {}, {}, {}
+        for kind, into in (("json", world), ("intent", intents)):
+            for name in self.names(kind):
+                try:
+                    into[name] = self._read(name, kind)
+                except (OSError, ValueError, RecursionError) as error:
+                    if kind == "json":
+                        damaged[name] = "%s: %s" % (self.path(name), error)
+        return world, intents, damaged
+
+    def _put(self, path, text, durable):
+        scratch = path + ".new"
+        try:
+            handle = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o644)
+            with os.fdopen(handle, "w", encoding="utf-8") as opened:
+                opened.write(text)
+                opened.flush()
+                if durable:
+                    os.fsync(handle)
+            os.replace(scratch, path)
+        except OSError as error:
+            try:
+                os.unlink(scratch)
+            except OSError:
+                pass                              # it was never made
+            raise Problem("cannot save %s: %s" % (path, error.strerror),
+                          "free some space; the record is as it was", 3) from None
+
+    def save(self, record):
+        """Write a VPC's finished record: a temporary file, flushed to disk, put in place in one step."""
+        record["host_iptables"] = [list(argv) for argv in recorded_rules(record)]
+        self._put(self.path(record["name"]), json.dumps(record, indent=1) + "\n", True)
+
+    def intend(self, name, record):
+        """Write what a change will lead to (None: the VPC goes). It means nothing after a power cut, when the kernel
+        has forgotten everything, so it need not reach the disk."""
+        self._put(self.path(name, "intent"), json.dumps(record or {"gone": name}) + "\n", False)
+
+    def drop(self, name, kind="json"):
+        """Remove a VPC's file; absent is fine."""
+        try:
+            os.unlink(self.path(name, kind))
+        except FileNotFoundError:
+            return
+
+    def log(self, command, outcome):
+        """Append a change to vpcctl.log; at 1 MiB the older half of the story moves to vpcctl.log.1."""
+        import time
+        path = os.path.join(self.folder, "vpcctl.log")
+        line = "%s %s -> %s\n" % (time.strftime("%Y-%m-%dT%H:%M:%S%z"), command, outcome)
+        try:
+            if os.path.exists(path) and os.path.getsize(path) > LOG_LIMIT:
+                os.replace(path, path + ".1")
+            handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o644)
+            with os.fdopen(handle, "w") as opened:
+                opened.write(line)
+        except OSError as error:
+            say_error("note: cannot write %s: %s" % (path, error.strerror))
+
+
+# -- names
+
+def short_name(prefix, name, suffix, limit, taken):
+    """A kernel name of at most `limit` characters: cut so that the suffix stays; if taken(name), a hash for a tail."""
+    import zlib
+    whole = prefix + name
+    found = whole[:limit - len(suffix)]
+    for salt in range(100):
+        if not taken(found + suffix):
+            return found
+        tail = "%04x" % (zlib.crc32(("%s %d" % (whole, salt) if salt else whole).encode()) & 0xffff)
+        found = (whole[:limit - len(suffix) - 4] if len(whole) > limit - len(suffix) - 5 else whole + "-") + tail
+    raise Problem("no free name for %s" % whole)
+
+
+def record_names(world):
+    """Every kernel name that the records use."""
+    names = set()
+    for vpc in world.values():
+        names.update((vpc["bridge"], vpc["chain"], vpc["chain_in"], vpc["chain_src"]))
+        for subnet in vpc["subnets"]:
+            names.update((subnet["ns"], subnet["veth"] + "-a", subnet["veth"] + "-b"))
+        for peer in vpc["peers"]:
+            names.update((peer["veth_a"], peer["veth_b"], peer["chain"]))
+    return names
+
+
+def host_interfaces():
+    """Names of the network interfaces here, without asking anyone: /proc/net/dev is of the reader's namespace."""
+    with open("/proc/net/dev") as table:
+        return [line.split(":")[0].strip() for line in list(table)[2:]]
+
+
+def iptables_kind():
+    """Which of the two firewalls `iptables` speaks to here: nft or legacy. Problem 4 if it is not installed."""
+    import shutil
+    path = shutil.which("iptables", path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
+    if not path:
+        raise missing_tool("iptables")
+    real = os.path.basename(os.path.realpath(path))
+    if "nft" in real or "legacy" in real:
+        return "nft" if "nft" in real else "legacy"
+    return "nft" if "nf_tables" in call(["iptables", "--version"])[1] else "legacy"
+
+
+# ------------------------------------------------------------------------------------------------ the command table
+
+COMMANDS = {}
+
+
+def arg(*flags, **options):
+    """An argument of a command, as argparse takes it; `complete` says what the shell may offer for it."""
+    return flags, options
+
+
+def command(name, example, *arguments, **traits):
+    """Register a handler. Its docstring is the help; `example` is parsed by flag-check; changes=True: needs root
+    and the lock; hidden=True: not listed."""
+    def register(handler):
+        COMMANDS[name] = {"handler": handler, "example": example.split(), "arguments": arguments,
+                          "changes": traits.get("changes", False), "root": traits.get("root", False),
+                          "hidden": traits.get("hidden", False)}
+        return handler
+    return register
+
+
+VPC = arg("vpc", type=name_type, metavar="VPC", help="name of the VPC", complete="vpc")
+SUBNET = arg("subnet", type=name_type, metavar="SUBNET", help="name of the subnet", complete="subnet")
+
+
+class Control:
+    """What a command works with: the options, the records, the executor, and the way to change a VPC."""
+
+    def __init__(self, options, executor=None, store=None):
+        self.options = options
+        self.dry_run = options.dry_run
+        self.run = executor or Executor(options.dry_run, options.quiet, options.why)
+        self.store = store or Store(data_folder(options.data_dir))
+        self._loaded = None
+
+    def say(self, text):
+        """Print an answer; --quiet leaves out what only reports progress."""
+        self.run.say(text)
+
+    def report(self, text):
+        """Print what a change came to, unless --quiet."""
+        if not self.run.quiet and not self.dry_run:
+            self.run.say(text)
+
+    def note(self, text):
+        """Print a note on stderr."""
+        say_error("note: " + text)
+
+    def _load(self):
+        if self._loaded is None:
+            self._loaded = self.store.load()
+        return self._loaded
+
+    @property
+    def world(self):
+        """The finished records: name -> record."""
+        return self._load()[0]
+
+    @property
+    def intents(self):
+        """What changes that were cut short were to lead to: name -> record, or None for a VPC that was to go."""
+        return self._load()[1]
+
+    @property
+    def damaged(self):
+        """Unreadable records: name -> what is wrong."""
+        return self._load()[2]
+
+    def vpc(self, name, world=None):
+        """The record of a VPC. Problem (with the nearest name) if there is none."""
+        world = self.world if world is None else world
+        if name in world:
+            return world[name]
+        if name in self.damaged:
+            raise Problem("the record of VPC %s is unreadable: %s" % (name, self.damaged[name]),
+                          "`vpcctl delete --force %s` clears it away" % name)
+        raise Problem("there is no VPC named '%s'" % name,
+                      nearest(name, world) or "`vpcctl list` shows the VPCs; `vpcctl create %s --cidr …` makes it" % name)
+
+    def subnet(self, vpc, name):
+        """The record of a subnet. Problem (with the nearest name) if there is none."""
+        for subnet in vpc["subnets"]:
+            if subnet["name"] == name:
+                return subnet
+        names = [subnet["name"] for subnet in vpc["subnets"]]
+        raise Problem("VPC %s has no subnet named '%s'" % (vpc["name"], name), nearest(name, names) or (
+            "its subnets: " + ", ".join(names) if names else "`vpcctl add-subnet %s %s` makes it" % (vpc["name"], name)))
+
+    def copy(self):
+        """A world of its own to edit, for `change`."""
+        return json.loads(json.dumps(self.world))
+
+    def begin(self):
+        """Before a change: folder, lock, signals. Not in a dry run."""
+        if self.dry_run:
+            return
+        self.store.prepare()
+        self.run.watch_signals()
+        self.store.lock(" ".join(sys.argv[1:])[:150])
+        self._loaded = None
+
+    def begin_again(self):
+        """Forget what was read: the records on disk have changed."""
+        self._loaded = None
+
+    def pretend(self, world):
+        """For a dry run: go on as if these were the records."""
+        self._loaded = (world, {}, {})
+
+    def is_unsound(self, names):
+        """Which of these VPCs an interrupted change or a restart has left in pieces, as far as files can tell."""
+        interfaces = host_interfaces()
+        return [name for name in names if name in self.intents
+                or (name in self.world and is_down(self.world[name], interfaces))]
+
+    def change(self, new, before=None, after=None):
+        """Make the machine and the records match the world `new`.
+
+        `before` runs when the intents are written (stop programs); `after` when the kernel is ready (start them):
+        what it raises takes everything back. Only VPCs whose record differs are looked at.
+        """
+        old = self.world
+        touched = [name for name in sorted(set(old) | set(new)) if old.get(name) != new.get(name)]
+        removes, makes = difference(old, new)
+        if not self.dry_run:
+            check_firewall_kind(new, touched)
+            makes = [(as_found(before_it), step) for before_it, step in makes]
+        if self.dry_run:
+            if before:
+                before()
+            self.run.take_back(removes)
+            self.run.make(sorted(makes, key=lambda pair: pair[1].phase), [])
+            if after:
+                after(new)
+            return
+        self._write_intents(touched, new)
+        try:
+            if before:
+                before()
+            self._transact(removes, makes, new, after)
+            self.finish(touched, new)
+        except BaseException:
+            self._drop_intents(touched, old, removes)
+            raise
+
+    def _write_intents(self, touched, new):
+        written = []
+        try:
+            for name in touched:
+                self.store.intend(name, new.get(name))
+                written.append(name)
+        except Problem:
+            for name in written:
+                self.store.drop(name, "intent")
+            raise
+
+    def _transact(self, removes, makes, new, after):
+        self.run.transact(removes, makes)
+        note_lost(self, new)
+        if after:
+            try:
+                after(new)
+            except (Problem, Interrupted):
+                self.run.say("taking back what was done:")
+                _, back = difference(new, self.world)
+                self.run.take_back([step for old, step in makes if not old])
+                self.run.make(back + [(None, step) for step in sorted(removes, key=lambda step: step.phase)], [])
+                raise
+
+    def finish(self, touched, new):
+        """The change has happened: records first, so that a full disk is noticed while it can be taken back."""
+        for name in touched:
+            if name in new:
+                self.store.save(new[name])
+        for name in touched:
+            if name not in new:
+                self.store.drop(name)
+            self.store.drop(name, "intent")
+        tidy_apps(self, self.world, new)
+        self._loaded = (new, {}, self.damaged)
+
+    def _drop_intents(self, touched, old, removes):
+        """After a failure: what was taken back needs no intent; what could not be removed keeps it."""
+        if not removes:
+            for name in touched:
+                self.store.drop(name, "intent")
+
+
+def as_found(step):
+    """A policy's step that is to be replaced, with the rules that are really there (somebody may have changed them)."""
+    if step is None or step.key[0] != "policy":
+        return step
+    return seen_policy(step.key[1], in_namespace(step.key[1], seen_rules))
+
+
+def check_firewall_kind(world, names):
+    """Problem if a VPC's rules were made with the other of the two iptables: each sees only its own rules."""
+    kinds = {world[name]["iptables"] for name in names if name in world}
+    if kinds and kinds != {iptables_kind()}:
+        raise Problem("the VPCs' rules were made with iptables (%s), but this is iptables (%s)" % (
+            ", ".join(sorted(kinds)), iptables_kind()), "switch back, for example: sudo update-alternatives --config iptables", 4)
+
+
+def nearest(name, names):
+    """A hint with the name that was probably meant, or an empty string."""
+    import difflib
+    close = difflib.get_close_matches(name, list(names), 1, 0.6)
+    return "did you mean '%s'?" % close[0] if close else ""
+
+
+def data_folder(chosen):
+    """The data folder: --data-dir, VPCCTL_DATA, or .vpcctl_data beside the real script."""
+    chosen = chosen or os.environ.get("VPCCTL_DATA")
+    return os.path.abspath(chosen or os.path.join(os.path.dirname(os.path.realpath(__file__)), ".vpcctl_data"))
+
+
+# -- from records to steps
+
+def resources(world):
+    """Every resource of a world: key -> (what it is made from, a function that plans it).
+
+    Resources made from equal data are equal, so that only those that differ are planned: adding the 200th subnet
+    plans one subnet.
+    """
+    found = {}
+    ways = {}
+    for name, vpc in world.items():
+        base = vpc_base(vpc)
+        found["vpc", name] = base, (plan_vpc, (vpc,))
+        for subnet in vpc["subnets"]:
+            key = subnet["name"]
+            wire = {field: subnet[field] for field in ("cidr", "ns", "gw", "host_ip", "veth", "mac")}
+            found["subnet", name, key] = (base, wire), (plan_subnet, (vpc, subnet))
+            found["policy", name, key] = ((subnet["ns"], subnet["policy"], policy_names(subnet, vpc)),
+                                          (plan_policy, (vpc, subnet)))
+        if vpc.get("nat"):
+            found["nat", name] = (base, vpc["nat"], nat_sources(vpc)), (plan_nat, (vpc,))
+            ways.setdefault("forwarding", []).append(vpc)
+        for published in vpc["published"]:
+            found["published", name, published["protocol"], published["host_port"]] = (
+                (base, published), (plan_published, (vpc, published)))
+            ways.setdefault("forwarding", []).append(vpc)
+        for peer in vpc["peers"]:
+            other = world.get(peer["peer_vpc"])
+            if other and peer["side"] == "a":
+                found["peer", name, peer["peer_vpc"]] = (
+                    (base, vpc_base(other), peer), (plan_peering, (vpc, other, peer)))
+        found["names", name] = (name_data(world, vpc), render_resolv(vpc)), (plan_names, (world, vpc))
+    if ways:
+        found["forwarding", ""] = forwarding_data(ways["forwarding"]), (plan_forwarding, (world, ways["forwarding"]))
+    return {key: found[key] for key in sorted(found, key=lambda key: RANK.index(key[0]))}
+
+
+# A resource comes after those it stands on: a peering's rules go into chains of both VPCs.
+RANK = ("vpc", "subnet", "policy", "forwarding", "nat", "published", "peer", "names")
+
+
+def vpc_base(vpc):
+    """The fields of a VPC on which everything in it depends."""
+    return [vpc[field] for field in ("cidr", "bridge", "chain", "chain_in", "chain_src", "table", "mac")]
+
+
+def plan(world, names=None):
+    """Every step of a world, or of what belongs to some VPCs of it: fact -> step."""
+    steps = {}
+    for key, (_, (function, arguments)) in resources(world).items():
+        if names is not None and key[0] != "forwarding" and key[1] not in names and not (
+                key[0] == "peer" and key[2] in names):
+            continue
+        for step in function(*arguments):
+            steps.setdefault(step.fact, step)
+    return steps
+
+
+def difference(old, new):
+    """What leads from one world to another -> (steps to take back, pairs (old step or None, new step) to make)."""
+    before, after = resources(old), resources(new)
+    gone, come = {}, {}
+    for key in before:
+        if key not in after or before[key][0] != after[key][0]:
+            gone.update((step.fact, step) for step in before[key][1][0](*before[key][1][1]))
+    for key in after:
+        if key not in before or before[key][0] != after[key][0]:
+            come.update((step.fact, step) for step in after[key][1][0](*after[key][1][1]))
+    by_key = {step.key: step for step in gone.values() if step.key != step.fact}
+    makes = [(by_key.get(step.key), step) for fact, step in come.items() if fact not in gone]
+    swapped = {step.key for old_step, step in makes if old_step}
+    removes = [step for fact, step in gone.items() if fact not in come and step.key not in swapped]
+    return removes, makes
+
+
+def mending(steps, stale, seen):
+    """What brings the kernel to `steps`, from what was seen in it -> (steps to take back, pairs to make).
+
+    `stale` are steps that are no longer wanted. Something that is there, but not as it should be, is replaced.
+    """
+    foreign = [step for step in steps.values() if step.fact in seen.foreign]
+    if foreign:
+        raise Problem("%s exists already and is not vpcctl's" % " and ".join(describe(step) for step in foreign),
+                      "remove or rename it; vpcctl does not touch what it did not make", 3)
+    removes = [step for fact, step in stale.items() if fact not in steps and seen.holds(step, any_content=True)]
+    makes = []
+    for step in steps.values():
+        if not seen.holds(step):
+            makes.append((seen.replaced(step), step))
+    return removes, makes
+
+
+# ------------------------------------------------------------------------------------------------ what there is to make
+# Pure functions from records to steps. Read a plan aloud and you have explained the feature.
+
+def plan_vpc(vpc):
+    """A VPC: its switch, its routing table, its firewall chains."""
+    name, bridge, cidr, table = vpc["name"], vpc["bridge"], vpc["cidr"], vpc["table"]
+    link, mark = ("link", bridge), "vpcctl:" + name
+    gateway = "%s/%s" % (first_address(cidr), cidr.split("/")[1])
+    chain, guard, sources = vpc["chain"], vpc["chain_in"], vpc["chain_src"]
+    held = {chosen: ("chain", "filter", chosen) for chosen in (chain, guard, sources)}
+    conf = lambda family, switch, value, why: sysctl_step(link_conf(family, bridge, switch), value, why, holder=link)
+    return [
+        Step(LINK, link, "ip link add %s type bridge" % bridge, "ip link del " + bridge, "the VPC's switch"),
+        Step(LINK, ("alias", bridge, ALIAS + name), "ip link set %s alias %s" % (bridge, ALIAS + name), (),
+             "marks it as ours", link),
+        Step(LINK, ("mac", bridge, vpc["mac"]), "ip link set %s address %s" % (bridge, vpc["mac"]), (),
+             "an address that stays when ports come and go", link),
+        conf("ipv6", "disable_ipv6", "1", "the rules speak IPv4 only"),
+        Step(WIRE, ("address", bridge, gateway), "ip addr add %s dev %s" % (gateway, bridge), (),
+             "the VPC's gateway", link),
+        Step(WIRE, ("up", bridge), "ip link set %s up" % bridge, (), "switch it on", link),
+        conf("ipv4", "forwarding", "1", "the host routes for this switch, and for no other interface"),
+        conf("ipv4", "rp_filter", "1", "no sender with an address from elsewhere"),
+        conf("ipv4", "arp_ignore", "1", "answer only for addresses of this switch"),
+        conf("ipv4", "send_redirects", "0", "everything goes through the gateway"),
+        route_step(cidr, bridge, table, "the VPC's own range, in its own routing table", link),
+        Step(ROUTE, ("route", FENCE_TABLE, cidr, "unreachable"),
+             "ip route add unreachable %s table %s proto %s" % (cidr, FENCE_TABLE, PROTOCOL),
+             "ip route del unreachable %s table %s proto %s" % (cidr, FENCE_TABLE, PROTOCOL),
+             "no way here for other VPCs"),
+        lookup_step(PREF_OWN, bridge, "lookup %d" % table, "what comes from this VPC asks this VPC's table"),
+        lookup_step(PREF_FENCE, bridge, "lookup " + FENCE_TABLE, "other VPCs stay out of reach"),
+        lookup_step(PREF_END, bridge, "unreachable", "and where no table knows a way, there is none"),
+        chain_step(sources, "who may send: each subnet's addresses from its own port"),
+        rule_step(sources, ("-j", "DROP"), "any other sender is forged", place="last", mark=mark, holder=held[sources]),
+        chain_step(chain, "what may pass through the VPC"),
+        rule_step(chain, ("-j", "DROP"), "everything else in or out of the VPC", place="last", mark=mark,
+                  holder=held[chain]),
+        rule_step(chain, ("-i", bridge, "-j", sources), "senders are who they say they are", place="first", mark=mark,
+                  holder=held[chain]),
+        rule_step(chain, ("-s", cidr, "-d", cidr, "-i", bridge, "-o", bridge, "-j", "ACCEPT"),
+                  "subnets of one VPC may talk", mark=mark, holder=held[chain]),
+        chain_step(guard, "what the VPC may ask of the host itself"),
+        rule_step(guard, ("-j", "DROP"), "nothing else", place="last", mark=mark, holder=held[guard]),
+        rule_step(guard, ("-j", sources), "senders are who they say they are", place="first", mark=mark,
+                  holder=held[guard]),
+        rule_step(guard, REPLIES + ("-j", "ACCEPT"), "answers to the host", mark=mark, holder=held[guard]),
+        rule_step(guard, ("-s", cidr, "-d", cidr, "-p", "icmp", "--icmp-type", "8", "-j", "ACCEPT"),
+                  "a gateway answers ping", mark=mark, holder=held[guard]),
+        jump_step("FORWARD", ("-o", bridge, "-j", chain), "what goes to the VPC", mark),
+        jump_step("FORWARD", ("-i", bridge, "-j", chain), "what comes from the VPC", mark),
+        jump_step("INPUT", ("-i", bridge, "-j", guard), "what the VPC sends to the host", mark),
+    ]
+
+
+# Replies only: the direction that opened a connection is judged by today's rules, so taking a permission ends it.
+REPLIES = ("-m", "conntrack", "--ctstate", "RELATED,ESTABLISHED", "--ctdir", "REPLY")
+# Errors about a connection ("packet too big") come from either side.
+ERRORS = ("-p", "icmp", "-m", "conntrack", "--ctstate", "RELATED")
+
+
+def jump_step(builtin, rule, why, mark):
+    """A jump from a built-in chain, before everybody else's rules: isolation must not lean on their policies."""
+    step = rule_step(builtin, rule, why, place="prepend", mark=mark)
+    step.fact = step.key = step.fact[:4] + ("first",)
+    return step
+
+
+def route_step(block, device, table, why, holder):
+    """A route in a VPC's own table. It goes with the device it points to."""
+    return Step(ROUTE, ("route", str(table), block, device),
+                "ip route add %s dev %s table %s proto %s" % (block, device, table, PROTOCOL),
+                "ip route del %s dev %s table %s proto %s" % (block, device, table, PROTOCOL), why, holder)
+
+
+def lookup_step(pref, bridge, action, why, selector=""):
+    """A routing rule for what comes in by a bridge."""
+    words = "pref %s iif %s %s%s protocol %s" % (pref, bridge, selector and selector + " ", action, PROTOCOL)
+    return Step(ROUTE, ("lookup", pref, bridge, selector, action), "ip rule add " + words, "ip rule del " + words, why)
+
+
+def plan_subnet(vpc, subnet):
+    """A subnet: its namespace, its cable to the switch, its addresses and routes."""
+    bridge, space, mark = vpc["bridge"], subnet["ns"], ALIAS + vpc["name"]
+    inner_end, port = subnet["veth"] + "-a", subnet["veth"] + "-b"
+    held, cable = ("ns", space), ("link", port)
+    length = subnet["cidr"].split("/")[1]
+    gateway, address = "%s/%s" % (subnet["gw"], length), "%s/%s" % (subnet["host_ip"], length)
+    inner_ip = "ip -n %s " % space
+    steps = [
+        Step(SPACE, held, "ip netns add " + space, "ip netns del " + space, "a network stack of its own"),
+        Step(SPACE, ("ours", space), "ip netns set %s %d" % (space, space_mark(space)), (), "marks it as ours", held),
+        Step(LINK, cable, "ip link add %s address %s netns %s type veth peer name %s"
+             % (inner_end, subnet["mac"], space, port), "ip link del " + port, "a cable from the subnet to the switch"),
+        Step(LINK, ("alias", port, mark), "ip link set %s alias %s" % (port, mark), (), "marks it as ours", cable),
+        sysctl_step(link_conf("ipv6", port, "disable_ipv6"), "1", "the rules speak IPv4 only", holder=cable),
+        Step(WIRE, ("master", port, bridge), "ip link set %s master %s" % (port, bridge), (), "plug it in", cable),
+    ]
+    steps += port_steps(port, cable, "siblings are reached through the gateway only")
+    if not vpc.get("unlocked"):
+        steps.append(Step(WIRE, ("port", port, "locked", True), "ip link set %s type bridge_slave locked on" % port, (),
+                          "only the subnet's own hardware address may send", cable, None,
+                          "a workload can use a sibling's hardware address (needs Linux 5.18)"))
+    steps += [
+        Step(WIRE, ("fdb", port, subnet["mac"]), "bridge fdb replace %s dev %s master static" % (subnet["mac"], port), (),
+             "where that hardware address is", cable),
+        Step(WIRE, ("address", bridge, gateway), "ip addr add %s dev %s" % (gateway, bridge),
+             "ip addr del %s dev %s" % (gateway, bridge), "the subnet's gateway", ("link", bridge)),
+        Step(WIRE, ("neighbour", bridge, subnet["host_ip"], subnet["mac"]),
+             "ip neigh replace %s lladdr %s dev %s nud permanent" % (subnet["host_ip"], subnet["mac"], bridge),
+             "ip neigh del %s dev %s" % (subnet["host_ip"], bridge), "no forged ARP answer counts", ("link", bridge)),
+    ]
+    if gateway == "%s/%s" % (first_address(vpc["cidr"]), vpc["cidr"].split("/")[1]):
+        steps = [step for step in steps if step.fact != ("address", bridge, gateway)]      # it is the VPC's own
+    steps += [Step(INSIDE, ("inside", space, "sysctl", key, value), "ip netns exec %s sysctl -w %s=%s" % (space, key, value),
+                   (), why, held) for key, value, why in NS_SYSCTLS]
+    steps += [
+        Step(INSIDE, ("inside", space, "up", "lo"), inner_ip + "link set lo up", (), "127.0.0.1", held),
+        Step(INSIDE, ("inside", space, "address", inner_end, address), inner_ip + "addr add %s dev %s" % (address, inner_end),
+             (), "the subnet's address", held),
+        Step(INSIDE, ("inside", space, "up", inner_end), inner_ip + "link set %s up" % inner_end, (), "switch it on", held),
+        Step(INSIDE, ("inside", space, "route", "default", subnet["gw"]),
+             inner_ip + "route add default via " + subnet["gw"], (), "everything else through the gateway", held),
+        source_rule(vpc, subnet),
+        Step(PLUG, ("up", port), "ip link set %s up" % port, (), "switch the cable on, now that all rules stand", cable),
+        Step(FILE, ("folder", etc_folder(space)), "mkdir -p " + etc_folder(space), "rmdir " + etc_folder(space),
+             "what programs in the subnet see in /etc"),
+        link_step(space, "hosts", vpc["name"], "names of siblings and peers"),
+        link_step(space, "resolv.conf", vpc["name"], "which name server to ask"),
+    ]
+    return steps
+
+
+def source_rule(vpc, subnet):
+    """The rule by which a subnet's addresses are believed: they must come with its hardware address."""
+    return rule_step(vpc["chain_src"], ("-s", subnet["cidr"], "-m", "mac", "--mac-source", subnet["mac"], "-j", "RETURN"),
+                     "these addresses come from this subnet", place="prepend", mark=ALIAS + vpc["name"],
+                     holder=("chain", "filter", vpc["chain_src"]))
+
+
+def port_steps(port, cable, why):
+    """How every port of our bridges is set: isolated, so that frames go to the gateway only (or the kernel sends
+    redirects and siblings talk around the firewall), deaf to unknown hardware addresses, and learning none."""
+    return [Step(WIRE, ("port", port, "isolated", True),
+                 "ip link set %s type bridge_slave isolated on learning off flood off mcast_flood off" % port, (), why, cable)]
+
+
+def link_step(space, name, vpc_name, why):
+    """A file of a namespace's /etc, shared by the VPC: it is mounted over the real one by `ip netns exec`."""
+    path, target = "%s/%s" % (etc_folder(space), name), "%s/%s/%s" % (RUN_DIR, vpc_name, name)
+    return Step(FILE, ("symlink", path, target), "ln -s %s %s" % (target, path), "rm -f " + path, why)
+
+
+def etc_folder(space):
+    """Where `ip netns exec` looks for files to show in place of /etc's."""
+    return "%s/%s" % (ETC_NETNS, space)
+
+
+def space_mark(space, salt=None):
+    """The id by which a namespace of ours is known: half a hash of its name, half random. It is kept by the kernel on
+    the host's side, so nobody inside can take it off, and one that is just dying does not stand in the way."""
+    import zlib
+    salt = int.from_bytes(os.urandom(2), "big") & MARK_SALT if salt is None else salt
+    return 0x40000000 | (zlib.crc32(space.encode()) & 0x3ffff) << MARK_BITS | salt
+
+
+def is_marked(space, number):
+    """Whether a namespace's id says that it is ours."""
+    return isinstance(number, int) and number | MARK_SALT == space_mark(space, MARK_SALT)
+
+
+# -- NAT and published ports
+
+def nat_sources(vpc):
+    """The blocks that may go out: the whole VPC, or the chosen subnets."""
+    chosen = vpc["nat"].get("subnets")
+    return [vpc["cidr"]] if chosen is None else [s["cidr"] for s in vpc["subnets"] if s["name"] in chosen]
+
+
+def plan_nat(vpc):
+    """NAT: masqueraded sources go out by the uplink, their replies come back, and nothing else."""
+    bridge, uplink, chain, name = vpc["bridge"], vpc["nat"]["interface"], vpc["chain"], vpc["name"]
+    held, mark = ("chain", "filter", chain), "vpcctl:" + name
+    steps = []
+    for block in nat_sources(vpc):
+        steps += [
+            lookup_step(PREF_OUT, bridge, "lookup main", "where the host's own packets go", "from " + block),
+            rule_step("POSTROUTING", ("-s", block, "-o", uplink, "-j", "MASQUERADE"), "leave with the host's address",
+                      "nat", "append", "vpcctl-nat-" + name),
+            rule_step(chain, ("-s", block, "-i", bridge, "-o", uplink, "-j", "ACCEPT"), "out to the internet",
+                      mark=mark, holder=held),
+            rule_step(chain, ("-d", block, "-i", uplink, "-o", bridge) + REPLIES + ("-j", "ACCEPT"),
+                      "and the answers back", mark=mark, holder=held),
+        ]
+    return steps
+
+
+def file_step(vpc_name, file, text, why):
+    """A file that the subnets of a VPC share."""
+    path = "%s/%s/%s" % (RUN_DIR, vpc_name, file)
+    return Step(FILE, ("file", path, text), (("tee", path, text),), (("rm", "-f", path),), why, None, ("file", path))
+
+
+def forwarding_data(vpcs):
+    """On what the host's own part in NAT depends."""
+    uplinks = {vpc["nat"]["interface"] for vpc in vpcs if vpc.get("nat")}
+    uplinks |= {published["interface"] for vpc in vpcs for published in vpc["published"]}
+    return sorted(uplinks), vpcs[0]["forward"]
+
+
+def plan_forwarding(world, vpcs):
+    """The host as a router: on for as long as some VPC has NAT. If it was off before, then only for our packets."""
+    uplinks, forward = forwarding_data(vpcs)
+    was_off = forward["was"] == "0"
+    # Writing 0 clears the switch of every interface, so those of our bridges are set again.
+    back = [("sysctl", "-w", "net.ipv4.ip_forward=0")] + [
+        ("sysctl", "-w", link_conf("ipv4", vpc["bridge"], "forwarding") + "=1") for vpc in world.values()]
+    steps = [sysctl_step("net.ipv4.ip_forward", "1", "the host passes packets on", tuple(back) if was_off else (),
+                         phase=WIRE)]
+    if not was_off:
+        return steps
+    steps += [sysctl_step(link_conf("ipv4", device, "forwarding"), "0", "as before: only the uplink passes packets on",
+                          optional="the interface is not there", phase=WIRE) for device in forward["kept_off"]]
+    guard, held = "vpcctl-guard", ("chain", "filter", "vpcctl-guard")
+    steps.append(chain_step(guard, "the host was no router before: strangers do not get through it"))
+    for uplink in uplinks:
+        steps += [
+            rule_step(guard, ("-i", uplink, "-m", "conntrack", "--ctstate", "RELATED,ESTABLISHED,DNAT", "-j", "RETURN"),
+                      "answers, and what was published", place="prepend", holder=held),
+            rule_step(guard, ("-i", uplink, "-j", "DROP"), "nothing else enters by the uplink", place="append",
+                      holder=held)]
+    return steps + [jump_step("FORWARD", ("-j", guard), "the host was no router before", "vpcctl")]
+
+
+def plan_published(vpc, published):
+    """A published port: from outside to this port of this subnet, the answers back, and nothing else."""
+    subnet = next(s for s in vpc["subnets"] if s["name"] == published["subnet"])
+    bridge, uplink, chain = vpc["bridge"], published["interface"], vpc["chain"]
+    protocol, address, port = published["protocol"], subnet["host_ip"], str(published["port"])
+    held, mark = ("chain", "filter", chain), "vpcctl:" + vpc["name"]
+    steps = [
+        rule_step("PREROUTING", ("-i", uplink, "-p", protocol, "--dport", str(published["host_port"]), "-j", "DNAT",
+                                 "--to-destination", "%s:%s" % (address, port)),
+                  "this port of the host is the subnet's", "nat", "append", "vpcctl-publish-" + vpc["name"]),
+        rule_step(chain, ("-d", address, "-i", uplink, "-o", bridge, "-p", protocol, "--dport", port, "-m", "conntrack",
+                          "--ctstate", "DNAT", "--ctorigdstport", str(published["host_port"]), "-j", "ACCEPT"),
+                  "in by the published port", mark=mark, holder=held),
+        rule_step(chain, ("-s", address, "-i", bridge, "-o", uplink, "-p", protocol, "--sport", port) + REPLIES
+                  + ("-j", "ACCEPT"), "and the answers back", mark=mark, holder=held)]
+    return steps + [lookup_step(PREF_OUT, bridge, "lookup main", "the answers' way out",
+                                "from %s ipproto %s sport %s" % (address, protocol, port))]
+
+
+# -- peering
+
+def sides(a, b, allowed):
+    """The allowed blocks by VPC -> (blocks of a, blocks of b)."""
+    own, other = as_network(a["cidr"]), as_network(b["cidr"])
+    return ([block for block in allowed if inside(as_network(block), own)],
+            [block for block in allowed if inside(as_network(block), other)])
+
+
+def plan_peering(a, b, peer):
+    """A peering: the cable of the guide between the switches, and the routed way that packets take."""
+    ends, chain = (peer["veth_a"], peer["veth_b"]), peer["chain"]
+    cable, held = ("link", ends[0]), ("chain", "filter", peer["chain"])
+    of_a, of_b = sides(a, b, peer["allowed"])
+    steps = [Step(LINK, cable, "ip link add %s type veth peer name %s" % ends, "ip link del " + ends[0],
+                  "a cable between the two switches"), chain_step(chain, "what may pass between the two VPCs")]
+    for end, vpc in zip(ends, (a, b)):
+        steps += [Step(LINK, ("alias", end, ALIAS + vpc["name"]), "ip link set %s alias %s" % (end, ALIAS + vpc["name"]), (),
+                       "marks it as ours", cable),
+                  sysctl_step(link_conf("ipv6", end, "disable_ipv6"), "1", "the rules speak IPv4 only", holder=cable),
+                  Step(WIRE, ("master", end, vpc["bridge"]), "ip link set %s master %s" % (end, vpc["bridge"]), (),
+                       "plug it in", cable)]
+        steps += port_steps(end, cable, "the cable merges nothing: packets take the routed way")
+        steps += [Step(WIRE, ("port", end, "bcast_flood", False), "ip link set %s type bridge_slave bcast_flood off" % end,
+                       (), "no broadcast from one VPC to the other", cable),
+                  Step(PLUG, ("up", end), "ip link set %s up" % end, (), "switch it on", cable)]
+    for here, there, blocks in ((a, b, of_b), (b, a, of_a)):
+        steps += [route_step(block, there["bridge"], here["table"], "the way to the peer's block", ("link", there["bridge"]))
+                  for block in blocks]
+        steps.append(rule_step(chain, ("-i", here["bridge"], "-o", there["bridge"], "-j", "DROP"),
+                               "nothing else between the two", place="append", holder=held))
+        steps.append(rule_step(here["chain"], ("-j", chain), "the peering decides",
+                               mark="peer-%s-%s" % (there["name"], ",".join(peer["allowed"]))[:240],
+                               holder=("chain", "filter", here["chain"])))
+    for near, far, near_vpc, far_vpc in ((of_a, of_b, a, b), (of_b, of_a, b, a)):
+        steps += [rule_step(chain, ("-s", source, "-d", target, "-i", near_vpc["bridge"], "-o", far_vpc["bridge"],
+                                    "-j", "ACCEPT"), "these may talk", place="prepend", mark="peer-allow", holder=held)
+                  for source in near for target in far]
+    # First of all: a sender may pass only with its own address (the chain may be entered from either VPC's side).
+    return steps + [rule_step(chain, ("-i", vpc["bridge"], "-j", vpc["chain_src"]), "senders are who they say they are",
+                              place="prepend", mark="peer-source", holder=held) for vpc in (a, b)]
+
+
+# -- policies
+
+def policy_default(policy, direction):
+    """What happens to traffic that no rule names -> ("allow" or "deny", why)."""
+    given = (policy.get("default") or {}).get(direction)
+    if given:
+        return given, "as its default says"
+    rules = policy.get(direction) or []
+    if rules and all(rule["action"] == "allow" for rule in rules):
+        return "deny", "a list of only allows is an allow-list"
+    return "allow", "a list with a deny passes what it does not name" if rules else "no rules"
+
+
+def policy_names(subnet, vpc):
+    """The siblings that a policy names -> name: block. Problem if there is no such subnet."""
+    blocks = {other["name"]: other["cidr"] for other in vpc["subnets"]}
+    named = {}
+    for direction, key in (("ingress", "from"), ("egress", "to")):
+        for rule in subnet["policy"].get(direction) or []:
+            if key in rule and not re.match(r"\d+\.\d+\.", rule[key]):
+                if rule[key] not in blocks:
+                    raise Problem("the policy of %s names subnet '%s', which VPC %s does not have"
+                                  % (subnet["name"], rule[key], vpc["name"]), nearest(rule[key], blocks))
+                named[rule[key]] = blocks[rule[key]]
+    return named
+
+
+def render_policy(policy, vpc, names=None):
+    """A policy -> the firewall rules that say it, in order: loopback, replies, denies, allows, the rest."""
+    names = policy_names({"name": "?", "policy": policy}, vpc) if names is None else names
+    rules = []
+    for direction, chain, way, side, key in (("ingress", "INPUT", "-i", "-s", "from"),
+                                             ("egress", "OUTPUT", "-o", "-d", "to")):
+        note = lambda text: ("-m", "comment", "--comment", "policy-%s-%s" % (direction, text))
+        rules += [("-A", chain, way, "lo", "-j", "ACCEPT") + note("loopback"),
+                  ("-A", chain) + REPLIES + ("-j", "ACCEPT") + note("replies"),
+                  ("-A", chain) + ERRORS + ("-j", "ACCEPT") + note("errors")]
+        for action, target in (("deny", "DROP"), ("allow", "ACCEPT")):
+            for rule in policy.get(direction) or []:
+                if rule["action"] != action:
+                    continue
+                peer = names.get(rule.get(key), rule.get(key))
+                port = str(rule.get("port", "")).replace("-", ":")
+                rules.append(("-A", chain) + ((side, peer) if peer else ()) + ("-p", rule["protocol"])
+                             + (("--dport", port) if port else ()) + ("-j", target)
+                             + note("%s-%s" % (action, rule.get("port", rule["protocol"]))))
+        if policy_default(policy, direction)[0] == "deny":
+            rules.append(("-A", chain, "-j", "DROP") + note("default-deny"))
+    return rules
+
+
+def plan_policy(vpc, subnet):
+    """A subnet's policy: one step, because it is put in as a whole and replaced as a whole."""
+    rules = render_policy(subnet["policy"], vpc)
+    return [policy_step(subnet["ns"], rules)]
+
+
+def policy_step(space, rules):
+    """The step that puts a policy's rules into a namespace in one transaction."""
+    prefix = ("ip", "netns", "exec", space, "iptables")
+    return Step(INSIDE, ("policy", space, tuple((rule[1], rule_key(rule[2:])) for rule in rules)),
+                tuple(prefix + rule for rule in rules), tuple(prefix + ("-D",) + rule[1:] for rule in rules),
+                "the subnet's policy", ("ns", space), ("policy", space))
+
+
+# -- names
+
+def name_data(world, vpc):
+    """The names that a VPC's subnets answer to and know -> list of (address, names)."""
+    lines = [(s["host_ip"], (s["name"], "%s.%s" % (s["name"], vpc["name"]), "%s.%s.internal" % (s["name"], vpc["name"])))
+             for s in vpc["subnets"]]
+    for peer in vpc["peers"]:
+        other = world.get(peer["peer_vpc"])
+        if not other:
+            continue
+        blocks = [as_network(block) for block in sides(vpc, other, peer["allowed"])[1]]
+        lines += [(s["host_ip"], ("%s.%s" % (s["name"], other["name"]), "%s.%s.internal" % (s["name"], other["name"])))
+                  for s in other["subnets"] if any(as_network(s["host_ip"] + "/32").overlaps(block) for block in blocks)]
+    return lines
+
+
+def plan_names(world, vpc):
+    """The hosts file that a VPC's subnets share."""
+    text = "# vpcctl:%s\n127.0.0.1 localhost\n" % vpc["name"]
+    text += "".join("%s %s\n" % (address, " ".join(names)) for address, names in name_data(world, vpc))
+    folder = "%s/%s" % (RUN_DIR, vpc["name"])
+    return [Step(ROUTE, ("folder", folder), "mkdir -p " + folder, (("rmdir", folder), ("rmdir", RUN_DIR)),
+                 "what the VPC's subnets share"),
+            file_step(vpc["name"], "hosts", text, "names of siblings and peers"),
+            file_step(vpc["name"], "resolv.conf", render_resolv(vpc), "a name server that is reached from here")]
+
+
+def render_resolv(vpc):
+    """The resolv.conf of a VPC: with NAT, name servers that can be reached; without, none, so that nobody waits."""
+    servers = (vpc.get("nat") or {}).get("dns") or []
+    return "# vpcctl:%s\n%s" % (vpc["name"], "".join("nameserver %s\n" % address for address in servers))
+
+
+def recorded_rules(vpc):
+    """The host's firewall rules of one VPC, as commands: for people who read the record; never run from it."""
+    steps = plan_vpc(vpc) + [source_rule(vpc, subnet) for subnet in vpc["subnets"]]
+    steps += plan_nat(vpc) if vpc.get("nat") else []
+    return [argv for step in steps for argv in step.do if argv[0] == "iptables"]
+
+
+def first_address(cidr):
+    """The first usable address of a block."""
+    return str(as_network(cidr)[1])
+
+
+def hardware_address(address):
+    """The MAC address that belongs to an IPv4 address: locally administered, so no card has it."""
+    return "02:76:" + ":".join("%02x" % int(part) for part in address.split("."))
+
+
+# ------------------------------------------------------------------------------------------------ the kernel as it is
+
+class Seen:
+    """What is in the kernel now, in the words of the plans: `facts`. Names that exist but are not ours are `foreign`;
+    `owned` are things with our mark: fact -> (VPC or None, a step that can take it back)."""
+
+    def __init__(self):
+        self.facts, self.foreign, self.owned = set(), set(), {}
+        self.policies = {}                        # namespace -> [(rule as printed, is it ours)]
+        self.broken = {}                          # namespace -> why it could not be looked into
+        self.stale = set()                        # namespaces and cables that lead nowhere
+
+    def holds(self, step, any_content=False):
+        """Whether a step's thing is there. With any_content, also if it is there with another content or place."""
+        fact = step.fact
+        if fact[0] == "sysctl":
+            return sysctl_value(fact[1]) == fact[2] or (bool(step.optional) and sysctl_value(fact[1]) is None)
+        if fact[0] in ("file", "symlink", "folder"):
+            return file_holds(fact, any_content)
+        if fact[0] == "rule" and any_content:
+            return fact[:4] + (None,) in self.facts
+        if fact[0] == "policy" and any_content:
+            return any(ours for _, ours in self.policies.get(fact[1], ()))
+        return fact in self.facts
+
+    def replaced(self, step):
+        """What must be taken out before a step's thing can be put in: a step, or None."""
+        if step.fact[0] == "policy":
+            return seen_policy(step.fact[1], self.policies.get(step.fact[1], ()))
+        if step.fact[0] == "rule" and step.fact[4] and step.fact[:4] + (None,) in self.facts:
+            return Step(step.phase, step.fact[:4] + (None,), (), step.undo, step.why, key=("moved",) + step.fact)
+        return None
+
+
+def sysctl_value(key):
+    """A kernel switch's value, or None if there is no such switch."""
+    try:
+        with open(sysctl_path(key)) as switch:
+            return switch.read().strip()
+    except OSError:
+        return "1" if key.startswith("net.ipv6.") and not os.path.exists("/proc/sys/net/ipv6") else None
+
+
+def file_holds(fact, any_content=False):
+    """Whether a file, symlink or folder of a plan is there, with its content."""
+    path = fact[1]
+    if fact[0] == "folder":
+        return os.path.isdir(path)
+    if fact[0] == "symlink":
+        found = os.readlink(path) if os.path.islink(path) else None
+        return found == fact[2] or (fact[2] != found and os.path.lexists(path) and not is_our_link(path)
+                                    and not any_content)
+    try:
+        with open(path) as handle:
+            return any_content or handle.read() == fact[2]
+    except (OSError, ValueError):
+        return False
+
+
+def is_our_link(path):
+    """Whether a path is a symlink into vpcctl's run folder; anything else there is somebody else's, and stays."""
+    return os.path.islink(path) and os.readlink(path).startswith(RUN_DIR + "/")
+
+
+def ask(*argv):
+    """Ask a tool that prints JSON -> what it said, as lists and dicts; an empty list if it said nothing."""
+    code, out, said = call(list(argv))
+    if code and not out:
+        raise Failure(argv, said)
+    return [entry for entry in json.loads(out or "[]") if entry]
+
+
+def observe(world, inside_too=True, adopt=()):
+    """Look at the machine with a dozen questions -> Seen. `adopt`: names that an interrupted change of ours may have
+    made without coming to mark them; they count as ours."""
+    seen = Seen()
+    spaces = see_links(seen, set(adopt))
+    see_addresses(seen)
+    see_routes(seen)
+    see_firewall(seen)
+    if inside_too:
+        wanted = [subnet["ns"] for vpc in world.values() for subnet in vpc["subnets"]]
+        see_inside(seen, [space for space in wanted if space in spaces])
+    return seen
+
+
+def see_links(seen, adopt):
+    """Interfaces, bridge ports and namespaces -> the names of namespaces that are ours."""
+    spaces, by_id = set(), {}
+    for entry in ask("ip", "-j", "netns", "list"):
+        name, number = entry.get("name", ""), entry.get("id")
+        by_id[number] = name
+        fact = ("ns", name)
+        if is_marked(name, number):
+            seen.facts.update((fact, ("ours", name)))
+            spaces.add(name)
+            seen.owned[fact] = None, Step(SPACE, fact, (), "ip netns del " + name)
+        elif not is_namespace(name):
+            seen.stale.add(fact)
+        elif name in adopt:
+            seen.facts.add(fact)
+            spaces.add(name)
+        else:
+            seen.foreign.add(fact)
+    for link in ask("ip", "-j", "-d", "link", "show"):
+        see_link(seen, link, adopt, by_id)
+    for entry in ask("bridge", "-j", "fdb", "show"):
+        if entry.get("state") == "static" and "master" in entry:
+            seen.facts.add(("fdb", entry["ifname"], entry["mac"]))
+    return spaces
+
+
+def is_namespace(name):
+    """Whether a name in /run/netns is a living namespace: a mount, rather than the file left under it."""
+    try:
+        return os.stat(os.path.join(NETNS_DIR, name)).st_dev == os.stat("/proc/self/ns/net").st_dev
+    except OSError:
+        return False
+
+
+def see_link(seen, link, adopt, by_id):
+    """One interface's facts."""
+    name, alias = link["ifname"], link.get("ifalias", "")
+    fact = ("link", name)
+    if alias.startswith(ALIAS) and "link_netnsid" in link and link["link_netnsid"] not in by_id:
+        seen.stale.add(fact)                      # its namespace has lost its name: both are about to go
+        return
+    if not alias.startswith(ALIAS) and name not in adopt:
+        seen.foreign.add(fact)
+        return
+    vpc = alias[len(ALIAS):] if alias.startswith(ALIAS) else None
+    seen.facts.update((fact, ("alias", name, alias), ("mac", name, link.get("address"))))
+    if vpc:
+        seen.owned[fact] = vpc, Step(LINK, fact, (), "ip link del " + name)
+        space = ("ns", by_id.get(link.get("link_netnsid")))
+        if space in seen.owned:
+            seen.owned[space] = vpc, seen.owned[space][1]
+    if "UP" in link.get("flags", ()):
+        seen.facts.add(("up", name))
+    if "master" in link:
+        seen.facts.add(("master", name, link["master"]))
+    port = link.get("linkinfo", {}).get("info_slave_data", {})
+    if port.get("isolated") and not port.get("learning") and not port.get("flood") and not port.get("mcast_flood"):
+        seen.facts.add(("port", name, "isolated", True))
+    for flag in ("locked", "bcast_flood"):
+        if flag in port:
+            seen.facts.add(("port", name, flag, port[flag]))
+
+
+def see_addresses(seen):
+    """Addresses of interfaces and permanent neighbours."""
+    for link in ask("ip", "-j", "-4", "addr", "show"):
+        for address in link.get("addr_info", ()):
+            seen.facts.add(("address", link["ifname"], "%s/%s" % (address.get("local"), address.get("prefixlen"))))
+    for entry in ask("ip", "-j", "neigh", "show", "nud", "permanent"):
+        seen.facts.add(("neighbour", entry["dev"], entry["dst"], entry.get("lladdr")))
+
+
+def see_routes(seen):
+    """Routing rules and routes that carry our protocol number."""
+    for entry in ask("ip", "-j", "-4", "rule", "show"):
+        if str(entry.get("protocol")) != PROTOCOL:
+            continue
+        source = entry.get("src", "all")
+        selector = "" if source == "all" else "from %s%s" % (source, "/%s" % entry["srclen"] if "srclen" in entry else "")
+        if "ipproto" in entry:
+            selector += " ipproto %s sport %s" % (entry["ipproto"], entry.get("sport", ""))
+        action = entry.get("action") or "lookup %s" % entry.get("table")
+        step = lookup_step(str(entry["priority"]), entry.get("iif", "?").split(" ")[0], action, "", selector)
+        seen.facts.add(step.fact)
+        seen.owned[step.fact] = bridge_owner(seen, step.fact[2]), step
+    for entry in ask("ip", "-j", "-4", "route", "show", "table", "all", "proto", PROTOCOL):
+        kind = entry.get("type", "")
+        table, block = str(entry.get("table", "main")), entry["dst"]
+        block = block if "/" in block or block == "default" else block + "/32"
+        fact = ("route", table, block, "unreachable" if kind == "unreachable" else entry.get("dev", "?"))
+        seen.facts.add(fact)
+        where = "unreachable " + block if kind == "unreachable" else "%s dev %s" % (block, entry.get("dev"))
+        seen.owned[fact] = (bridge_owner(seen, fact[3]),
+                            Step(ROUTE, fact, (), "ip route del %s table %s proto %s" % (where, table, PROTOCOL)))
+
+
+def bridge_owner(seen, bridge):
+    """The VPC that a bridge of ours belongs to, or None."""
+    return seen.owned.get(("link", bridge), (None,))[0]
+
+
+def see_firewall(seen):
+    """Chains and rules of the host."""
+    code, out, said = call(["iptables-save"])
+    if code:
+        raise Failure(("iptables-save",), said)
+    tables = parse_rules(out)
+    for table, (chains, rules) in tables.items():
+        see_table(seen, table, chains, rules)
+
+
+def parse_rules(text):
+    """What iptables-save prints -> table -> (chains, list of (chain, tuple of words))."""
+    tables, table = {}, None
+    for line in text.splitlines():
+        if line.startswith("*"):
+            table = tables.setdefault(line[1:].strip(), ([], []))
+        elif line.startswith(":") and table:
+            table[0].append((line[1:].split()[0], line.split()[1]))
+        elif line.startswith("-A") and table:
+            words = rule_words(line)
+            table[1].append((words[1], tuple(words[2:])))
+    return tables
+
+
+def rule_words(line):
+    """A printed rule's words; quotes are rare, so the slow splitter is used for those lines only."""
+    if '"' not in line:
+        return line.split()
+    simple = re.sub(r'"([^"\s\\]*)"', r"\1", line)
+    if '"' not in simple:
+        return simple.split()
+    import shlex
+    return shlex.split(line)
+
+
+def comment_of(rule):
+    """A rule's comment, or an empty string."""
+    return rule[rule.index("--comment") + 1] if "--comment" in rule else ""
+
+
+def see_table(seen, table, chains, rules):
+    """One table's chains and rules. "first" means: none of somebody else's stands before it."""
+    by_chain = {}
+    for chain, rule in rules:
+        by_chain.setdefault(chain, []).append(rule)
+    for chain, policy in chains:
+        fact, own = ("chain", table, chain), by_chain.get(chain, [])
+        ours = [is_our_comment(comment_of(rule), policy == "-") for rule in own]
+        seen.facts.add(fact)
+        head = True
+        for number, rule in enumerate(own):
+            base = ("rule", table, chain, rule_key(rule))
+            head = head and (ours[number] if policy != "-" else number == 0)
+            seen.facts.add(base + (None,))
+            if head:
+                seen.facts.add(base + ("first",))
+            if number == len(own) - 1:
+                seen.facts.add(base + ("last",))
+            if ours[number] and comment_of(rule).startswith("vpcctl"):
+                where = ("-t", table) if table != "filter" else ()
+                seen.owned[base + (None,)] = comment_vpc(comment_of(rule)), Step(
+                    FIREWALL, base + (None,), (), (("iptables", *where, "-D", chain, *rule),), holder=fact)
+        if policy == "-" and own and all(ours):
+            owner = {comment_vpc(comment_of(rule)) for rule in own}
+            seen.owned[fact] = owner.pop() if len(owner) == 1 else None, chain_step(chain, "")
+        elif policy == "-" and own and not any(ours):
+            seen.foreign.add(fact)
+
+
+def is_our_comment(comment, in_chain):
+    """Whether a rule's comment is one of vpcctl's."""
+    return comment.startswith("vpcctl") or (in_chain and comment.startswith("peer-"))
+
+
+def comment_vpc(comment):
+    """The VPC that a comment names, or None."""
+    found = re.match(r"vpcctl(?::|-nat-|-publish-)(.+)", comment)
+    return found.group(1) if found else None
+
+
+def see_inside(seen, spaces):
+    """Look into namespaces, side by side."""
+    for space, result in in_namespaces(spaces, look_inside).items():
+        if isinstance(result, Exception):
+            seen.broken[space] = str(result)
+            continue
+        facts, rules = result
+        seen.facts.update(facts)
+        seen.policies[space] = rules
+        ours = [(rule[0], rule_key(rule[1:])) for rule, own in rules if own]
+        by_chain = tuple(pair for chain in ("INPUT", "OUTPUT") for pair in ours if pair[0] == chain)
+        seen.facts.add(("policy", space, by_chain))
+
+
+def look_inside(space):
+    """Called in a namespace -> (its facts, its rules: [(words, is it ours)])."""
+    facts = set()
+    for link in ask("ip", "-j", "-4", "addr", "show"):
+        if "UP" in link.get("flags", ()):
+            facts.add(("inside", space, "up", link["ifname"]))
+        for address in link.get("addr_info", ()):
+            facts.add(("inside", space, "address", link["ifname"], "%s/%s" % (address["local"], address["prefixlen"])))
+    for route in ask("ip", "-j", "-4", "route", "show"):
+        facts.add(("inside", space, "route", route["dst"], route.get("gateway")))
+    for key, _, _ in NS_SYSCTLS:
+        facts.add(("inside", space, "sysctl", key, sysctl_value(key)))
+    return facts, seen_rules()
+
+
+def seen_rules():
+    """Called in a namespace -> the rules of INPUT and OUTPUT: [((chain, words…), is it of the policy)]."""
+    code, out, said = call(["iptables-save", "-t", "filter"])
+    if code:
+        raise Failure(("iptables-save",), said)
+    found = parse_rules(out).get("filter", ((), ()))[1]
+    return [((chain,) + rule, comment_of(rule).startswith("policy-")) for chain, rule in found
+            if chain in ("INPUT", "OUTPUT")]
+
+
+def seen_policy(space, rules):
+    """The step that takes a policy out as it was found: whole chains where all is ours, else rule by rule."""
+    prefix, undo = ("ip", "netns", "exec", space, "iptables"), []
+    for chain in ("INPUT", "OUTPUT"):
+        own = [(rule, ours) for rule, ours in rules if rule[0] == chain]
+        if own and all(ours for _, ours in own):
+            undo.append(prefix + ("-F", chain))
+        else:
+            undo.extend(prefix + ("-D",) + rule for rule, ours in own if ours)
+    return Step(INSIDE, ("policy", space, None), (), tuple(undo), "the policy before", key=("policy", space))
+
+
+WORDS = {"ns": "namespace %s", "ours": "mark of namespace %s", "link": "interface %s", "alias": "mark of interface %s",
+         "mac": "hardware address of interface %s: %s", "up": "interface %s is up", "master": "cable %s plugged into %s",
+         "port": "port %s: %s", "fdb": "port %s: forwarding entry for %s", "address": "interface %s: address %s",
+         "neighbour": "interface %s: neighbour entry for %s", "route": "route in table %s: %s by %s",
+         "sysctl": "kernel switch %s = %s", "policy": "namespace %s: policy rules", "file": "file %s",
+         "symlink": "link %s", "folder": "folder %s", "chain": "firewall table %s: chain %s"}
+
+
+def describe(step):
+    """A step's thing in words, for verify."""
+    fact = step.fact
+    if fact[0] == "inside":
+        return "namespace %s: %s" % (fact[1], " ".join(str(word) for word in fact[2:]))
+    if fact[0] in ("rule", "lookup"):
+        argv = (step.do or step.undo)[0]
+        argv = argv[:argv.index("-m")] if "--comment" in argv and argv.index("-m") == len(argv) - 4 else argv
+        return "%s: %s" % ("firewall rule" if fact[0] == "rule" else "routing rule", shown(argv))
+    words = WORDS[fact[0]]
+    return words % tuple(fact[1:1 + words.count("%s")])
+
+
+# ------------------------------------------------------------------------------------------------ VPCs
+
+@command("create", "create blog --cidr 10.20.0.0/16",
+         arg("vpc", type=name_type, metavar="VPC", help="a name of your choice"),
+         arg("--cidr", type=network_type, required=True, metavar="BLOCK", help="its range, for example 10.20.0.0/16"),
+         changes=True)
+def create(ctl, args):
+    """make a VPC: a switch, a routing table and firewall chains of its own"""
+    known = ctl.world.get(args.vpc)
+    if known:
+        if known["cidr"] != args.cidr:
+            raise Problem("VPC %s exists already with %s, not %s" % (args.vpc, known["cidr"], args.cidr),
+                          "use another name, or `vpcctl delete %s` first" % args.vpc)
+        return already(ctl, [args.vpc], "VPC %s (%s) exists already" % (args.vpc, args.cidr))
+    if args.vpc in ctl.damaged:
+        ctl.vpc(args.vpc)
+    clear_orphans(ctl, args.vpc)
+    new = ctl.copy()
+    new[args.vpc] = new_vpc(ctl, args.vpc, args.cidr, new)
+    ctl.change(new)
+    ctl.report("Created VPC: %s (%s, bridge: %s)" % (args.vpc, args.cidr, new[args.vpc]["bridge"]))
+
+
+def new_vpc(ctl, name, cidr, world):
+    """Check a new VPC against everything -> its record."""
+    block = as_network(cidr)
+    if not 8 <= block.prefixlen <= 29:
+        raise Problem("%s: a VPC's range is from /8 to /29" % cidr, "10.20.0.0/16 is a good size")
+    for what in ("is_loopback", "is_multicast", "is_link_local", "is_unspecified", "is_reserved"):
+        if getattr(block, what) or getattr(block[0], what):
+            raise Problem("%s is %s, which cannot be a VPC's range" % (cidr, what[3:].replace("_", "-")),
+                          "take a private range: 10.0.0.0/8, 172.16.0.0/12 or 192.168.0.0/16")
+    for other in world.values():
+        if block.overlaps(as_network(other["cidr"])):
+            raise Problem("%s overlaps VPC %s (%s)" % (cidr, other["name"], other["cidr"]),
+                          "take a range that no other VPC has")
+    table, chains = free_on_host(ctl, block, world)
+    used = record_names(world) | chains
+    interfaces = set() if ctl.dry_run else set(host_interfaces())
+    bridge = short_name("br-", name, "", 15, lambda found: found in used or found in interfaces)
+    names = [short_name(prefix, name, "", 28, used.__contains__) for prefix in ("vpc-", "vpc-in-", "vpc-src-")]
+    return {"format": 1, "name": name, "cidr": cidr, "bridge": bridge, "chain": names[0], "chain_in": names[1],
+            "chain_src": names[2], "table": table, "mac": hardware_address(first_address(cidr)),
+            "iptables": "nft" if ctl.dry_run else iptables_kind(), "subnets": [], "host_iptables": [], "apps": [],
+            "peers": [], "nat": None, "published": []}
+
+
+def free_on_host(ctl, block, world):
+    """Check a range against the host's own networks -> (a free route table, names of the host's firewall chains)."""
+    tables = {vpc["table"] for vpc in world.values()}
+    chains = set()
+    if not ctl.dry_run:
+        ours = {vpc["bridge"] for vpc in world.values()}
+        for route in ask("ip", "-j", "-4", "route", "show", "table", "all"):
+            table = str(route.get("table", "main"))
+            tables.add(int(table) if table.isdigit() else 0)
+            target = route.get("dst", "default")
+            if target == "default" or route.get("dev") in ours or str(route.get("protocol")) == PROTOCOL:
+                continue
+            if table == FENCE_TABLE or block.overlaps(as_network(target if "/" in target else target + "/32")):
+                raise Problem("%s overlaps a network that this host already has: %s%s" % (
+                    block, target, " on " + route["dev"] if "dev" in route else ""), "take a range that is not in use here")
+        for chain_list, _ in parse_rules(call(["iptables-save"])[1]).values():
+            chains.update(name for name, _ in chain_list)
+    table = FIRST_TABLE
+    while table in tables:
+        table += 1
+    return table, chains
+
+
+@command("delete", "delete blog", VPC,
+         arg("--force", action="store_true", help="also a VPC whose record is unreadable"), changes=True)
+def delete(ctl, args):
+    """remove a VPC with everything in it"""
+    if args.force and args.vpc in ctl.damaged:
+        ctl.store.drop(args.vpc)
+        ctl.store.drop(args.vpc, "intent")
+        ctl.note("removed the unreadable record %s" % ctl.store.path(args.vpc))
+        ctl.begin_again()
+        clear_orphans(ctl, args.vpc)
+        forget_peer(ctl, args.vpc)
+        return ctl.report("Deleted VPC: %s" % args.vpc)
+    if args.vpc not in ctl.intents:
+        ctl.vpc(args.vpc)
+    delete_vpcs(ctl, [args.vpc])
+
+
+def delete_vpcs(ctl, names):
+    """Delete VPCs together: programs, then all the rest in one go."""
+    if ctl.is_unsound(names) and not ctl.dry_run:
+        mend(ctl, names, gone=names)              # look first: what is there is not what the records say
+        return [ctl.report("Deleted VPC: %s" % name) for name in names]
+    new = ctl.copy()
+    spaces = [subnet["ns"] for name in names for subnet in new[name]["subnets"]]
+    for name in names:
+        del new[name]
+    for vpc in new.values():
+        vpc["peers"] = [peer for peer in vpc["peers"] if peer["peer_vpc"] not in names]
+    ctl.change(new, before=lambda: evict(ctl, spaces))
+    for name in names:
+        ctl.report("Deleted VPC: %s" % name)
+
+
+def forget_peer(ctl, name):
+    """Take a VPC that is gone out of its peers' records."""
+    new = ctl.copy()
+    for vpc in new.values():
+        vpc["peers"] = [peer for peer in vpc["peers"] if peer["peer_vpc"] != name]
+    if new != ctl.world:
+        ctl.change(new)
+
+
+@command("cleanup-all", "cleanup-all", changes=True)
+def cleanup_all(ctl, _args):
+    """delete every VPC, and what is ours without a record"""
+    names = sorted(set(ctl.world) | set(ctl.intents))
+    for name in list(ctl.damaged):
+        ctl.store.drop(name)
+        ctl.store.drop(name, "intent")
+        ctl.note("removed the unreadable record %s" % ctl.store.path(name))
+    if names:
+        delete_vpcs(ctl, names)
+    if not ctl.dry_run:
+        ctl.begin_again()
+        left = clear_orphans(ctl, None)
+        if not names and not left:
+            ctl.report("Nothing to clean up")
+
+
+def clear_orphans(ctl, name):
+    """Remove what carries our mark but is in no record: of one VPC, or (None) all -> how many things went."""
+    if ctl.dry_run:
+        return 0
+    if name is not None and not orphan_suspected(ctl, name):
+        return 0
+    seen = observe(ctl.world, inside_too=False)
+    steps = orphans(ctl, seen, name)
+    if not steps:
+        return 0
+    if name:
+        ctl.note("clearing away what is left of an earlier VPC %s without a record" % name)
+    evict(ctl, [step.fact[1] for step in steps if step.fact[0] == "ns"])
+    folders = [step.fact[1] for step in steps if step.fact[0] == "ns"]
+    steps += [left_file(space, file) for space in folders for file in ("hosts", "resolv.conf")
+              if is_our_link("%s/%s" % (etc_folder(space), file))]
+    steps += [Step(FILE, ("folder", etc_folder(space)), (), "rmdir " + etc_folder(space)) for space in folders]
+    ctl.run.transact(steps, [])
+    return len(steps)
+
+
+def left_file(space, file):
+    """The step that removes one of our links in a namespace's /etc."""
+    return link_step(space, file, "-", "")
+
+
+def orphan_suspected(ctl, name):
+    """A cheap look before `create`: is there a bridge, namespace or chain that a VPC of this name would have made?"""
+    if ("br-" + name)[:15] in host_interfaces():
+        return True
+    if os.path.isdir(NETNS_DIR) and any(entry.startswith("ns-%s-" % name) for entry in os.listdir(NETNS_DIR)):
+        return True
+    return ALIAS + name in call(["iptables-save"])[1]
+
+
+def orphans(ctl, seen, name=None):
+    """Steps for things that are ours but in no record; of one VPC, and those that belong to nobody, or all."""
+    planned = plan(dict(ctl.world, **{key: value for key, value in ctl.intents.items() if value}))
+    known = {fact[:4] + (None,) if fact[0] == "rule" else fact for fact in planned}
+    known.update(("link", other) for vpc in ctl.world.values() for peer in vpc["peers"]
+                 for other in (peer["veth_a"], peer["veth_b"]))
+    found = []
+    for fact, (vpc, step) in seen.owned.items():
+        if fact in known or (vpc in ctl.damaged and name is None) or (vpc in ctl.intents):
+            continue
+        if name is not None and vpc not in (name, None):
+            continue
+        found.append(step)
+    return found
+
+
+def already(ctl, names, text):
+    """Doing the same again is harmless: say so, after putting right what is missing."""
+    if ctl.dry_run:
+        return ctl.note(text)
+    mended = mend(ctl, names)
+    ctl.report("%s%s" % (text, "; put right what was missing" if mended else ""))
+
+
+# ------------------------------------------------------------------------------------------------ mending
+
+@command("restore", "restore blog",
+         arg("vpcs", nargs="*", type=name_type, metavar="VPC", help="which ones (default: all)", complete="vpc"),
+         changes=True)
+def restore(ctl, args):
+    """bring the kernel back to what the records say, after a reboot or a loss"""
+    for name in args.vpcs:
+        ctl.vpc(name)
+    for name, why in ctl.damaged.items():
+        if name in args.vpcs or not args.vpcs:
+            ctl.note("%s; left alone, `vpcctl delete --force %s` clears it away" % (why, name))
+    names = args.vpcs or sorted(ctl.world)
+    if ctl.dry_run:
+        return ctl.run.make(sorted([(None, step) for step in plan(ctl.world, set(names)).values()],
+                                   key=lambda pair: pair[1].phase), [])
+    done = mend(ctl, names) if names else 0
+    ctl.report("Restored: %s" % ", ".join(names) if done else "Nothing to restore")
+
+
+def is_down(vpc, interfaces=None):
+    """Whether a VPC has no switch in the kernel: after a reboot, for example. Asks nobody."""
+    return vpc["bridge"] not in (host_interfaces() if interfaces is None else interfaces)
+
+
+def heal_first(ctl, names):
+    """Before a change: finish what was cut short in the VPCs that it is about, and bring up those that are down."""
+    unsound = ctl.is_unsound(names)
+    if unsound:
+        ctl.note("first putting right what an interrupted change or a restart has left: %s" % ", ".join(unsound))
+        mend(ctl, unsound)
+
+
+def mend(ctl, names, gone=()):
+    """Make the kernel match the records of some VPCs, finishing intents; `gone` are to go -> how much was amiss."""
+    new, broken_off = ctl.copy(), ctl.intents
+    for name in broken_off:
+        new[name] = broken_off[name]
+    intended = {name: record for name, record in new.items() if record}
+    new = {name: record for name, record in intended.items() if name not in gone}
+    settle_peers(new)
+    names = set(names) | set(broken_off)
+    steps = plan(new, names)
+    stale = plan(ctl.world, names)
+    stale.update(plan(intended, names))
+    look = lambda: observe({name: vpc for name, vpc in new.items() if name in names},
+                           adopt=record_names({name: vpc for name, vpc in broken_off.items() if vpc}))
+    seen = look()
+    if seen.stale:
+        ctl.run.transact(leftovers(seen, steps), [])
+        seen = look()
+    removes, makes = mending(steps, stale, seen)
+    evict(ctl, [step.fact[1] for step in removes if step.fact[0] == "ns"])
+    ctl.run.transact(removes, makes)
+    note_lost(ctl, new)
+    started = revive_apps(ctl, [new[name] for name in sorted(names) if name in new])
+    touched = [name for name in sorted(set(new) | set(ctl.world)) if new.get(name) != ctl.world.get(name)]
+    ctl.finish(set(touched) | set(broken_off), new)
+    return len(removes) + len(makes) + started + len(touched)
+
+
+def settle_peers(world):
+    """A peering stands in two records; if a kill came between, the other half is filled in, or a lost end taken out."""
+    for name, vpc in world.items():
+        for peer in list(vpc["peers"]):
+            other = world.get(peer["peer_vpc"])
+            if other is None:
+                vpc["peers"].remove(peer)
+            elif not any(back["peer_vpc"] == name for back in other["peers"]):
+                other["peers"].append(dict(peer, peer_vpc=name, side="ab"[peer["side"] == "a"]))
+
+
+def leftovers(seen, steps):
+    """What is to be made, but whose name is taken by a mount or a cable that leads nowhere any more."""
+    return [Step(SPACE if fact[0] == "ns" else LINK, fact, (),
+                 ("ip netns del " if fact[0] == "ns" else "ip link del ") + fact[1], "a name that leads nowhere")
+            for fact in sorted(seen.stale) if fact in steps]
+
+
+def note_lost(ctl, world):
+    """Say what this kernel could not do, and keep it in the record so that it is not tried again."""
+    for step, said in ctl.run.lost:
+        if step.fact[0] == "port" and step.fact[2] == "locked":
+            for vpc in world.values():
+                if any(subnet["veth"] + "-b" == step.fact[1] for subnet in vpc["subnets"]) and not vpc.get("unlocked"):
+                    vpc["unlocked"] = True
+                    ctl.note("this kernel cannot lock ports: %s" % step.optional)
+    del ctl.run.lost[:]
+
+
+# ------------------------------------------------------------------------------------------------ subnets
+
+@command("add-subnet", "add-subnet blog web --cidr 10.20.1.0/24", VPC,
+         arg("subnet", type=name_type, metavar="SUBNET", help="a name of your choice"),
+         arg("--cidr", type=network_type, metavar="BLOCK", help="its range (default: the first free block)"),
+         arg("--gw", type=address_type, metavar="ADDRESS", help="its gateway (default: the first address)"),
+         changes=True)
+def add_subnet(ctl, args):
+    """add a subnet: a network namespace, plugged into the VPC's switch"""
+    new = ctl.copy()
+    if ctl.dry_run and args.vpc not in new and args.vpc not in ctl.damaged and args.cidr:
+        ctl.note("there is no VPC %s yet; this is what would run if there were" % args.vpc)
+        new[args.vpc] = new_vpc(ctl, args.vpc, str(as_network(args.cidr).supernet(new_prefix=16)), {})
+        ctl.pretend(new)
+        new = ctl.copy()
+    vpc = ctl.vpc(args.vpc, new)
+    known = [subnet for subnet in vpc["subnets"] if subnet["name"] == args.subnet]
+    if known:
+        for what, given in (("cidr", args.cidr), ("gw", args.gw)):
+            if given and given != known[0][what]:
+                raise Problem("subnet %s exists already with %s %s, not %s" % (args.subnet, what, known[0][what], given),
+                              "use another name, or `vpcctl delete-subnet %s %s` first" % (args.vpc, args.subnet))
+        return already(ctl, [args.vpc], "subnet %s (%s) exists already" % (args.subnet, known[0]["cidr"]))
+    subnet = new_subnet(ctl, vpc, args.subnet, args.cidr, args.gw, new)
+    vpc["subnets"].append(subnet)
+    ctl.change(new)
+    ctl.report("Added subnet %s (%s) to VPC %s" % (args.subnet, subnet["cidr"], args.vpc))
+
+
+def new_subnet(ctl, vpc, name, cidr, gateway, world, used=None):
+    """Check a new subnet against its VPC -> its record. `used`: kernel names in use, if the caller has them."""
+    import ipaddress
+    block = as_network(cidr or first_free_block(vpc))
+    if not inside(block, as_network(vpc["cidr"])):
+        raise Problem("%s is not inside of VPC %s (%s)" % (block, vpc["name"], vpc["cidr"]),
+                      "a subnet's range is a part of its VPC's, for example %s" % first_free_block(vpc))
+    if block.prefixlen > 30:
+        raise Problem("%s is too small for a subnet" % block, "the smallest is a /30: a gateway and one address")
+    for other in vpc["subnets"]:
+        if block.overlaps(as_network(other["cidr"])):
+            raise Problem("%s overlaps subnet %s (%s)" % (block, other["name"], other["cidr"]),
+                          "a free block: %s" % first_free_block(vpc))
+    own = ipaddress.IPv4Address(first_address(vpc["cidr"]))
+    gate = ipaddress.IPv4Address(gateway) if gateway else block[1]
+    if gate not in block or gate in (block.network_address, block.broadcast_address):
+        raise Problem("the gateway %s is not a usable address of %s" % (gate, block), "usable: %s to %s" % (block[1], block[-2]))
+    address = next((ip for ip in (block[1], block[2], block[3]) if ip not in (gate, own)
+                    and ip != block.broadcast_address), None)
+    if address is None:
+        raise Problem("%s has no address left for the subnet itself" % block, "take a larger block")
+    used = record_names(world) if used is None else used
+    interfaces = set() if ctl.dry_run else set(host_interfaces())
+    exists = lambda found: not ctl.dry_run and os.path.exists(os.path.join(NETNS_DIR, found))
+    veth = short_name("v-", "%s-%s" % (vpc["name"], name), "-b", 15,
+                      lambda found: found in used or found in interfaces or found[:-1] + "a" in used)
+    space = short_name("ns-", "%s-%s" % (vpc["name"], name), "", 80, lambda found: found in used or exists(found))
+    used.update((space, veth + "-a", veth + "-b"))
+    return {"name": name, "cidr": str(block), "ns": space, "gw": str(gate), "host_ip": str(address), "veth": veth,
+            "mac": hardware_address(str(address)), "policy": json.loads(json.dumps(DEFAULT_POLICY))}
+
+
+def first_free_block(vpc):
+    """The first free /24 of a VPC, or the largest smaller block that fits. Arithmetic: a /8 has 65,536 of them."""
+    import ipaddress
+    own = as_network(vpc["cidr"])
+    taken = sorted((int(block.network_address), int(block.broadcast_address))
+                   for block in (as_network(subnet["cidr"]) for subnet in vpc["subnets"]))
+    start, end = int(own.network_address), int(own.broadcast_address)
+    for length in range(max(24, own.prefixlen), 31):
+        size, at = 1 << (32 - length), start
+        for low, high in taken + [(end + 1, end + 1)]:
+            if at + size <= low:
+                return "%s/%d" % (ipaddress.IPv4Address(at), length)
+            at = max(at, -(-(high + 1) // size) * size)
+    raise Problem("VPC %s (%s) is full" % (vpc["name"], vpc["cidr"]), "delete a subnet, or make another VPC")
+
+
+@command("delete-subnet", "delete-subnet blog web", VPC, SUBNET, changes=True)
+def delete_subnet(ctl, args):
+    """remove a subnet with its programs and published ports"""
+    new = ctl.copy()
+    vpc = ctl.vpc(args.vpc, new)
+    remove_subnet(vpc, ctl.subnet(vpc, args.subnet))
+    ctl.change(new, before=lambda: evict(ctl, [ctl.subnet(ctl.world[args.vpc], args.subnet)["ns"]]))
+    ctl.report("Deleted subnet %s from VPC %s" % (args.subnet, args.vpc))
+
+
+def remove_subnet(vpc, subnet):
+    """Take a subnet out of a record, with all that hangs on it. Problem if a sibling's policy names it."""
+    name = subnet["name"]
+    for other in vpc["subnets"]:
+        if other is not subnet and name in policy_names(other, vpc):
+            raise Problem("the policy of subnet %s names %s" % (other["name"], name),
+                          "`vpcctl reset-policy %s %s`, or apply another policy first" % (vpc["name"], other["name"]))
+    vpc["subnets"].remove(subnet)
+    vpc["apps"] = [app for app in vpc["apps"] if app["subnet"] != name]
+    vpc["published"] = [published for published in vpc["published"] if published["subnet"] != name]
+    if vpc.get("nat") and name in (vpc["nat"].get("subnets") or ()):
+        vpc["nat"]["subnets"].remove(name)
+        if not vpc["nat"]["subnets"]:
+            vpc["nat"] = None
+    settle_forward(vpc)
+
+
+# ------------------------------------------------------------------------------------------------ NAT, published ports
+
+@command("enable-nat", "enable-nat blog --interface eth0", VPC,
+         arg("--interface", type=interface_type, metavar="INTERFACE",
+             help="the host's way out (default: the default route's)", complete="interface"),
+         arg("--subnet-filter", type=names_type, metavar="SUBNET,…", help="only these subnets (default: all)"),
+         changes=True)
+def enable_nat(ctl, args):
+    """let a VPC reach the internet with the host's address"""
+    new = ctl.copy()
+    vpc = ctl.vpc(args.vpc, new)
+    wanted = new_nat(ctl, vpc, args.interface, args.subnet_filter)
+    if vpc.get("nat"):
+        known = vpc["nat"]
+        same = known["interface"] == wanted["interface"] and known.get("subnets") == wanted["subnets"]
+        if not same:
+            raise Problem("NAT of VPC %s is on already: by %s, for %s" % (
+                args.vpc, known["interface"], ", ".join(known.get("subnets") or ["all subnets"])),
+                "`vpcctl disable-nat %s` first" % args.vpc)
+        return already(ctl, [args.vpc], "NAT of VPC %s is on already" % args.vpc)
+    vpc["nat"] = wanted
+    settle_forward(vpc, new_forward(new, wanted["interface"]))
+    ctl.change(new)
+    ctl.report("Enabled NAT for VPC %s via %s (%s)" % (args.vpc, wanted["interface"], ", ".join(nat_sources(vpc))))
+
+
+def new_nat(ctl, vpc, interface, subnets):
+    """Check a NAT -> its record."""
+    interface = interface or default_interface()
+    if not interface:
+        raise Problem("this host has no default route", "name the way out with --interface")
+    check_uplink(ctl, interface)
+    for name in subnets or ():
+        ctl.subnet(vpc, name)
+    return {"interface": interface, "subnets": subnets or None, "dns": name_servers()}
+
+
+def check_uplink(ctl, interface):
+    """Problem unless an interface is there and is not one of ours."""
+    if interface == "lo" or any(interface in record_names({name: vpc}) for name, vpc in ctl.world.items()):
+        raise Problem("%s is not a way out" % interface, "`ip route | grep default` shows the interface")
+    if interface not in host_interfaces():
+        text = "there is no network interface '%s' here" % interface
+        if ctl.dry_run:
+            return ctl.note(text)
+        raise Problem(text, "there are: %s; `ip route | grep default` shows which leads out"
+                      % ", ".join(name for name in host_interfaces() if name != "lo"))
+
+
+def default_interface():
+    """The interface of the host's default route, or None. Asks nobody."""
+    with open("/proc/net/route") as table:
+        rows = [line.split() for line in list(table)[1:]]
+    ways = [(int(row[6]), row[0]) for row in rows if row[1] == "00000000" and row[7] == "00000000"]
+    return min(ways)[1] if ways else None
+
+
+def name_servers():
+    """Name servers that can be reached from a namespace: the host's, but not a stub on its loopback."""
+    for path in ("/etc/resolv.conf", "/run/systemd/resolve/resolv.conf"):
+        try:
+            with open(path) as handle:
+                found = re.findall(r"(?m)^\s*nameserver\s+(\d+\.\d+\.\d+\.\d+)\s*$", handle.read())
+        except (OSError, ValueError):
+            continue
+        found = [address for address in found if not address.startswith("127.")]
+        if found:
+            return found[:3]
+    return ["1.1.1.1", "9.9.9.9"]
+
+
+def new_forward(world, uplink):
+    """What the host's own forwarding was before the first NAT: kept, so that the last one can put it back."""
+    for vpc in world.values():
+        if vpc.get("forward"):
+            return vpc["forward"]
+    ours = record_names(world) | {"lo", uplink}
+    was = sysctl_value("net.ipv4.ip_forward") or "0"
+    others = [name for name in host_interfaces() if name not in ours
+              and sysctl_value(link_conf("ipv4", name, "forwarding")) == "0"]
+    return {"was": was, "kept_off": others if was == "0" else []}
+
+
+def settle_forward(vpc, forward=None):
+    """Keep the note on the host's forwarding for as long as this VPC needs it."""
+    if not vpc.get("nat") and not vpc["published"]:
+        vpc.pop("forward", None)
+    elif forward and not vpc.get("forward"):
+        vpc["forward"] = forward
+
+
+@command("disable-nat", "disable-nat blog", VPC, changes=True)
+def disable_nat(ctl, args):
+    """take the internet away again"""
+    new = ctl.copy()
+    vpc = ctl.vpc(args.vpc, new)
+    if not vpc.get("nat"):
+        return ctl.report("NAT of VPC %s is off already" % args.vpc)
+    vpc["nat"] = None
+    settle_forward(vpc)
+    ctl.change(new)
+    ctl.report("Disabled NAT for VPC %s" % args.vpc)
+
+
+@command("publish", "publish blog web --port 8080:80", VPC, SUBNET,
+         arg("--port", type=publish_type, required=True, metavar="HOSTPORT[:PORT]", help="the host's port, the subnet's"),
+         arg("--protocol", choices=("tcp", "udp"), default="tcp", help="tcp (default) or udp"),
+         arg("--interface", type=interface_type, metavar="INTERFACE",
+             help="where requests come in (default: the default route's)", complete="interface"), changes=True)
+def publish(ctl, args):
+    """make a port of a subnet reachable from outside"""
+    new = ctl.copy()
+    vpc = ctl.vpc(args.vpc, new)
+    ctl.subnet(vpc, args.subnet)
+    uplink = args.interface or default_interface()
+    if not uplink:
+        raise Problem("this host has no default route", "name the way in with --interface")
+    check_uplink(ctl, uplink)
+    wanted = {"subnet": args.subnet, "host_port": args.port[0], "port": args.port[1], "protocol": args.protocol,
+              "interface": uplink}
+    for name, other in new.items():
+        for known in other["published"]:
+            if (known["protocol"], known["host_port"]) == (args.protocol, args.port[0]):
+                if name == args.vpc and known == wanted:
+                    return already(ctl, [args.vpc], "port %d is published already" % args.port[0])
+                raise Problem("%s port %d is published already: for %s %s, port %d" % (
+                    args.protocol, args.port[0], name, known["subnet"], known["port"]), "take another host port")
+    vpc["published"].append(wanted)
+    settle_forward(vpc, new_forward(new, uplink))
+    ctl.change(new)
+    ctl.report("Published %s port %d of %s as port %d" % (args.protocol, args.port[1], args.subnet, args.port[0]))
+
+
+@command("unpublish", "unpublish blog web --port 8080", VPC, SUBNET,
+         arg("--port", type=publish_type, required=True, metavar="HOSTPORT", help="the host's port"),
+         arg("--protocol", choices=("tcp", "udp"), default="tcp", help="tcp (default) or udp"), changes=True)
+def unpublish(ctl, args):
+    """take a published port back"""
+    new = ctl.copy()
+    vpc = ctl.vpc(args.vpc, new)
+    ctl.subnet(vpc, args.subnet)
+    left = [published for published in vpc["published"] if
+            (published["subnet"], published["host_port"], published["protocol"]) != (args.subnet, args.port[0], args.protocol)]
+    if left == vpc["published"]:
+        raise Problem("%s port %d is not published for subnet %s" % (args.protocol, args.port[0], args.subnet),
+                      "`vpcctl inspect %s` shows what is" % args.vpc)
+    vpc["published"] = left
+    settle_forward(vpc)
+    ctl.change(new)
+    ctl.report("Unpublished %s port %d of %s" % (args.protocol, args.port[0], args.subnet))
+
+
+# ------------------------------------------------------------------------------------------------ peering
+
+@command("peer", "peer blog shop --allow-cidrs 10.20.1.0/24,10.30.1.0/24",
+         arg("vpc1", type=name_type, metavar="VPC1", help="one VPC", complete="vpc"),
+         arg("vpc2", type=name_type, metavar="VPC2", help="the other", complete="vpc"),
+         arg("--allow-cidrs", type=networks_type, required=True, metavar="BLOCK,…",
+             help="blocks of either VPC that may talk with each other"), changes=True)
+def peer(ctl, args):
+    """connect two VPCs: the blocks named may talk, nothing else"""
+    new = ctl.copy()
+    a, b = ctl.vpc(args.vpc1, new), ctl.vpc(args.vpc2, new)
+    for known in a["peers"]:
+        if known["peer_vpc"] == args.vpc2:
+            if sorted(known["allowed"]) != sorted(args.allow_cidrs):
+                raise Problem("%s and %s are peered already, for %s" % (args.vpc1, args.vpc2, ", ".join(known["allowed"])),
+                              "`vpcctl unpeer %s %s` first" % (args.vpc1, args.vpc2))
+            return already(ctl, [args.vpc1, args.vpc2], "%s and %s are peered already" % (args.vpc1, args.vpc2))
+    add_peering(ctl, new, a, b, args.allow_cidrs)
+    ctl.change(new)
+    ctl.report("Peered VPC %s with %s (allowed: %s)" % (args.vpc1, args.vpc2, ", ".join(args.allow_cidrs)))
+
+
+def add_peering(ctl, world, a, b, allowed):
+    """Check a peering and write it into both records."""
+    if a is b:
+        raise Problem("a VPC cannot be peered with itself: %s" % a["name"], "subnets of one VPC may talk as they are")
+    of_a, of_b = sides(a, b, allowed)
+    for block in allowed:
+        if block not in of_a + of_b:
+            raise Problem("%s is neither in %s (%s) nor in %s (%s)" % (block, a["name"], a["cidr"], b["name"], b["cidr"]),
+                          "name blocks of the two VPCs")
+    for vpc, blocks in ((a, of_a), (b, of_b)):
+        if not blocks:
+            raise Problem("no block of VPC %s is named, so nothing could talk" % vpc["name"],
+                          "add one, for example %s" % (vpc["subnets"][0]["cidr"] if vpc["subnets"] else vpc["cidr"]))
+    used = record_names(world) | (set() if ctl.dry_run else set(host_interfaces()))
+    pair = "%s-%s" % (a["name"], b["name"])
+    base = short_name("pv-", pair, "-a", 15, lambda found: found in used or found[:-1] + "b" in used)
+    chain = short_name("vpc-peer-", pair, "", 28, used.__contains__)
+    entry = {"veth_a": base + "-a", "veth_b": base + "-b", "chain": chain, "allowed": list(allowed)}
+    a["peers"].append(dict(entry, peer_vpc=b["name"], side="a"))
+    b["peers"].append(dict(entry, peer_vpc=a["name"], side="b"))
+
+
+@command("unpeer", "unpeer blog shop",
+         arg("vpc1", type=name_type, metavar="VPC1", help="one VPC", complete="vpc"),
+         arg("vpc2", type=name_type, metavar="VPC2", help="the other", complete="peer"), changes=True)
+def unpeer(ctl, args):
+    """take a peering back; open connections end"""
+    new = ctl.copy()
+    a, b = ctl.vpc(args.vpc1, new), ctl.vpc(args.vpc2, new)
+    if not remove_peering(a, b):
+        raise Problem("VPC %s and VPC %s are not peered" % (args.vpc1, args.vpc2),
+                      "`vpcctl inspect %s` shows its peers" % args.vpc1)
+    ctl.change(new)
+    ctl.report("Unpeered VPC %s and %s" % (args.vpc1, args.vpc2))
+
+
+def remove_peering(a, b):
+    """Take a peering out of both records -> whether there was one."""
+    found = False
+    for vpc, other in ((a, b), (b, a)):
+        left = [peer for peer in vpc["peers"] if peer["peer_vpc"] != other["name"]]
+        found = found or left != vpc["peers"]
+        vpc["peers"] = left
+    return found
+
+
+# ------------------------------------------------------------------------------------------------ policies
+
+@command("apply-policy", "apply-policy blog policies/web.json", VPC,
+         arg("file", metavar="FILE", help="the policy, as JSON; - reads standard input", complete="file"), changes=True)
+def apply_policy(ctl, args):
+    """put a subnet's firewall rules in place of those it has"""
+    new = ctl.copy()
+    vpc = ctl.vpc(args.vpc, new)
+    subnet, policy = read_policy(ctl, vpc, args.file)
+    set_policy(ctl, new, vpc, subnet, policy)
+
+
+def set_policy(ctl, new, vpc, subnet, policy):
+    """Give a subnet a policy, and say what its two directions do with what no rule names."""
+    subnet["policy"] = policy
+    policy_names(subnet, vpc)
+    if new == ctl.world:
+        already(ctl, [vpc["name"]], "subnet %s has this policy already" % subnet["name"])
+    else:
+        ctl.change(new)
+        ctl.report("Applied policy to subnet %s (%s)" % (subnet["name"], subnet["cidr"]))
+    for direction in ("ingress", "egress"):
+        action, why = policy_default(policy, direction)
+        ctl.report("  %s: %d rules; everything else is %s (%s)" % (
+            direction, len(policy.get(direction) or ()), "dropped" if action == "deny" else "let through", why))
+
+
+@command("reset-policy", "reset-policy blog web", VPC, SUBNET, changes=True)
+def reset_policy(ctl, args):
+    """give a subnet the default policy again"""
+    new = ctl.copy()
+    vpc = ctl.vpc(args.vpc, new)
+    set_policy(ctl, new, vpc, ctl.subnet(vpc, args.subnet), json.loads(json.dumps(DEFAULT_POLICY)))
+
+
+def read_json(path, what):
+    """Read a JSON file (- is standard input). Problem names the file and the line. A key given twice is refused."""
+    def unique(pairs):
+        keys = [key for key, _ in pairs]
+        twice = [key for key in keys if keys.count(key) > 1]
+        if twice:
+            raise ValueError("the key '%s' is given twice" % twice[0])
+        return dict(pairs)
+    try:
+        if path == "-":
+            return json.loads(sys.stdin.read(), object_pairs_hook=unique)
+        with open(path, encoding="utf-8") as handle:
+            return json.loads(handle.read(), object_pairs_hook=unique)
+    except OSError as error:
+        raise Problem("cannot read the %s %s: %s" % (what, path, error.strerror)) from None
+    except (ValueError, RecursionError) as error:
+        raise Problem("%s is not JSON: %s" % (path, error), "the README shows the format") from None
+
+
+def read_policy(ctl, vpc, path):
+    """A policy file -> (the subnet it is for, the policy). Problem names file, direction and rule number."""
+    policy = read_json(path, "policy file")
+    if not isinstance(policy, dict):
+        raise Problem("%s: a policy is an object with subnet, ingress, egress" % path)
+    target = policy.get("subnet")
+    if not isinstance(target, str):
+        raise Problem("%s: 'subnet' is missing; it names the subnet or its range" % path)
+    found = [subnet for subnet in vpc["subnets"] if target in (subnet["name"], subnet["cidr"])]
+    if not found:
+        raise Problem("%s: VPC %s has no subnet '%s'" % (path, vpc["name"], target), "its subnets: %s" % (", ".join(
+            "%s (%s)" % (subnet["name"], subnet["cidr"]) for subnet in vpc["subnets"]) or "none"))
+    body = {key: value for key, value in policy.items() if key != "subnet"}
+    return found[0], check_policy(body, path)
+
+
+def check_policy(policy, place):
+    """Check a policy strictly -> the policy with both lists. A typo must never become another rule."""
+    if not isinstance(policy, dict):
+        raise Problem("%s: a policy is an object with ingress and egress" % place)
+    for key in policy:
+        if key not in ("ingress", "egress", "default"):
+            raise Problem("%s: unknown key '%s'" % (place, key), "known: subnet, ingress, egress, default")
+    default = policy.get("default")
+    if default is not None:
+        if not isinstance(default, dict) or any(key not in ("ingress", "egress") or value not in ("allow", "deny")
+                                                for key, value in default.items()):
+            raise Problem("%s: default is %s" % (place, json.dumps(default)),
+                          'write it like {"ingress": "deny", "egress": "allow"}')
+    checked = {"ingress": [], "egress": []}
+    for direction in checked:
+        rules = policy.get(direction, [])
+        if not isinstance(rules, list):
+            raise Problem("%s: %s is not a list" % (place, direction))
+        for number, rule in enumerate(rules, 1):
+            check_rule(rule, direction, "%s: %s rule %d" % (place, direction, number))
+            checked[direction].append(rule)
+    if default:
+        checked["default"] = default
+    return checked
+
+
+def check_rule(rule, direction, place):
+    """Problem unless a policy rule says one thing, in known words."""
+    side = "from" if direction == "ingress" else "to"
+    if not isinstance(rule, dict):
+        raise Problem("%s is not an object" % place, 'write it like {"port": 80, "protocol": "tcp", "action": "allow"}')
+    for key in rule:
+        if key not in ("port", "protocol", "action", side):
+            raise Problem("%s has an unknown key '%s'" % (place, key), "known: port, protocol, action, %s" % side)
+    if rule.get("action") not in ("allow", "deny"):
+        raise Problem("%s: action is %s" % (place, json.dumps(rule.get("action"))), "allow or deny")
+    if rule.get("protocol") not in ("tcp", "udp", "icmp"):
+        raise Problem("%s: protocol is %s" % (place, json.dumps(rule.get("protocol"))), "tcp, udp or icmp")
+    if "port" in rule:
+        if rule["protocol"] == "icmp":
+            raise Problem("%s: icmp has no port" % place)
+        port = rule["port"]
+        ends = re.match(r"(\d{1,5})-(\d{1,5})\Z", port) if isinstance(port, str) else None
+        low, high = map(int, ends.groups()) if ends else (port, port)
+        if isinstance(low, bool) or not isinstance(low, int) or not 1 <= low <= high <= 65535:
+            raise Problem("%s: port is %s" % (place, json.dumps(port)), 'a number from 1 to 65535, or "8000-8100"')
+    if side in rule:
+        peer = rule[side]
+        if not isinstance(peer, str):
+            raise Problem("%s: %s is %s" % (place, side, json.dumps(peer)), "a block or a subnet of this VPC")
+        if re.match(r"[\d.]+(/\d*)?\Z", peer) and "." in peer:
+            try:
+                as_network(peer)
+            except Problem as problem:
+                raise Problem("%s: %s: %s" % (place, side, problem), problem.hint) from None
+        elif not NAME.match(peer):
+            raise Problem("%s: %s is %s" % (place, side, json.dumps(peer)), "a block or a subnet of this VPC")
+
+
+# ------------------------------------------------------------------------------------------------ programs
+
+@command("deploy-app", "deploy-app blog web --port 8080", VPC, SUBNET,
+         arg("--port", type=port_type, required=True, metavar="PORT", help="where it listens"),
+         arg("program", nargs="*", metavar="-- COMMAND…", help="a program of your own (default: a web page)"),
+         changes=True)
+def deploy_app(ctl, args):
+    """start a program in a subnet: a small web server, or one of your own"""
+    new = ctl.copy()
+    vpc = ctl.vpc(args.vpc, new)
+    subnet = ctl.subnet(vpc, args.subnet)
+    wanted = new_app(vpc, subnet, args.port, args.program)
+    for app in vpc["apps"]:
+        if (app["subnet"], app["port"]) == (args.subnet, args.port):
+            if app.get("command") != wanted.get("command"):
+                raise Problem("another program is deployed there on port %d: %s" % (args.port, shown(app["cmd"])),
+                              "`vpcctl stop-app %s %s --port %d` first" % (args.vpc, args.subnet, args.port))
+            return already(ctl, [args.vpc], "the app in subnet %s on port %d is there already" % (args.subnet, args.port))
+    vpc["apps"].append(wanted)
+    ctl.change(new, after=lambda world: start_app(ctl, args.vpc, wanted))
+    ctl.report("Deployed app in subnet %s (%s) on port %d, PID=%d" % (
+        args.subnet, subnet["ns"], args.port, wanted["pid"]))
+
+
+def new_app(vpc, subnet, port, program):
+    """The record of an app that is to be started."""
+    app = {"subnet": subnet["name"], "ns": subnet["ns"], "port": port, "pid": 0, "start": "",
+           "cmd": list(app_command(subnet["ns"], port, program)), "log": "app_%s_%d.log" % (subnet["ns"], port)}
+    if program:
+        app["command"] = list(program)
+    return app
+
+
+def app_command(space, port, program):
+    """The command that starts an app in its namespace: as user nobody where there is one, without any capability."""
+    mapped = has_nobody()
+    user = ("--reuid=%d" % NOBODY, "--regid=%d" % NOBODY, "--clear-groups") if mapped else ()
+    program = tuple(program) or (app_python(), "-m", "http.server", str(port))
+    return ("ip", "netns", "exec", space, "setpriv") + user + ("--bounding-set=-all", "--inh-caps=-all",
+                                                               "--no-new-privs") + program
+
+
+def has_nobody():
+    """Whether user nobody exists here: in a sandbox of an ordinary user there is but one user."""
+    try:
+        with open("/proc/self/uid_map") as table:
+            return any(int(first) <= NOBODY < int(first) + int(count) for first, _, count in map(str.split, table))
+    except OSError:
+        return True
+
+
+def app_python():
+    """A Python that user nobody may run: the system's, or ours if every folder on its way is open."""
+    for path in ("/usr/bin/python3", "/usr/local/bin/python3", os.path.realpath(sys.executable)):
+        folder = os.path.realpath(path)
+        if os.path.exists(folder) and not has_nobody():
+            return path
+        while os.path.exists(folder) and os.stat(folder).st_mode & 0o001 and folder != "/":
+            folder = os.path.dirname(folder)
+        if folder == "/":
+            return path
+    return "python3"
+
+
+def start_app(ctl, vpc_name, app):
+    """Start a program and wait until it listens. Problem 3, with the last lines of its log, if it does not."""
+    import subprocess
+    import time
+    ctl.run.echo(tuple(app["cmd"]) + ("&",), "a program in the subnet")
+    if ctl.dry_run:
+        return
+    if app["port"] in in_namespace(app["ns"], listening):
+        raise Problem("port %d is in use already in %s" % (app["port"], app["ns"]),
+                      "take another --port; `vpcctl exec %s %s -- ss -lnp` shows who" % (vpc_name, app["subnet"]), 3)
+    folder = prepare_page(vpc_name, app)
+    path = os.path.join(ctl.store.folder, app["log"])
+    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_NOFOLLOW, 0o644)
+    environment = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/", "LANG": "C.UTF-8",
+                   "PYTHONUNBUFFERED": "1", "VPCCTL_APP": app_tag(vpc_name, app)}
+    try:
+        child = popen(app["cmd"], stdout=log, stderr=subprocess.STDOUT, cwd=folder, env=environment)
+    finally:
+        os.close(log)
+    deadline = time.monotonic() + APP_WAIT
+    while not (child.poll() is None and owns_port(child.pid, app["port"])):
+        if child.poll() is not None or time.monotonic() > deadline or ctl.run.stopped_by:
+            stop_process(child.pid, child)
+            ctl.run.heed()
+            raise Problem("the app in subnet %s does not listen on port %d: %s" % (
+                app["subnet"], app["port"], last_lines(path) or "it said nothing"), "its log: %s" % path, 3)
+        time.sleep(0.01)
+    app["pid"], app["start"] = child.pid, process_start(child.pid)
+    child.returncode = 0                          # it outlives us on purpose: no warning that it was not waited for
+
+
+def prepare_page(vpc_name, app):
+    """An empty folder of its own for each app, with one page that says where it is; never the current folder."""
+    folder = page_folder(vpc_name, app)
+    os.makedirs(folder, 0o755, exist_ok=True)
+    with open(folder + "/index.html", "w") as page:
+        page.write("<!doctype html><title>%(subnet)s</title><h1>%(vpc)s / %(subnet)s</h1>\n"
+                   "<p>Hello from subnet %(subnet)s of VPC %(vpc)s, port %(port)d.</p>\n"
+                   % dict(app, vpc=vpc_name))
+    return folder
+
+
+def tidy_apps(ctl, old, new):
+    """Remove pages and logs of apps that are in no record any more."""
+    import shutil
+    kept = {(name, app["ns"], app["port"]) for name, vpc in new.items() for app in vpc["apps"]}
+    for name, vpc in old.items():
+        for app in vpc["apps"]:
+            if (name, app["ns"], app["port"]) not in kept:
+                shutil.rmtree(page_folder(name, app), ignore_errors=True)
+                _unlink(os.path.join(ctl.store.folder, app["log"]))
+                for folder in ("%s/%s/www" % (RUN_DIR, name), "%s/%s" % (RUN_DIR, name), RUN_DIR):
+                    _rmdir(folder)
+
+
+def page_folder(vpc_name, app):
+    """Where an app's page is."""
+    return "%s/%s/www/%s-%d" % (RUN_DIR, vpc_name, app["subnet"], app["port"])
+
+
+def app_tag(vpc_name, app):
+    """What an app carries in its environment, by which it is found if a kill came before its PID was written down."""
+    return "%s/%s/%d" % (vpc_name, app["subnet"], app["port"])
+
+
+def listening(table="self"):
+    """Ports with a listener in the calling thread's namespace (or that of a process)."""
+    ports = set()
+    base = "/proc/thread-self/net/" if table == "self" else "/proc/%s/net/" % table
+    for name, state in (("tcp", "0A"), ("tcp6", "0A"), ("udp", "07"), ("udp6", "07")):
+        try:
+            with open(base + name) as rows:
+                ports.update(int(row.split()[1].rpartition(":")[2], 16) for row in list(rows)[1:]
+                             if row.split()[3] == state)
+        except OSError:
+            continue                              # this kernel has no IPv6
+    return ports
+
+
+def owns_port(pid, port):
+    """Whether somebody listens on a port in the namespace of a process."""
+    return port in listening(str(pid))
+
+
+def process_start(pid):
+    """A process's identity beside its number: boot id and start time; empty if it is gone or a zombie."""
+    try:
+        with open("/proc/%d/stat" % pid) as handle:
+            fields = handle.read().rpartition(")")[2].split()
+        with open("/proc/sys/kernel/random/boot_id") as handle:
+            boot = handle.read().strip()
+    except OSError:
+        return ""
+    return "" if fields[0] in "ZX" else "%s/%s" % (boot, fields[19])
+
+
+def is_alive(app):
+    """Whether an app runs: PID, start time, boot and network namespace must all match what was written down."""
+    if app["pid"] <= 1 or not app["start"] or process_start(app["pid"]) != app["start"]:
+        return False
+    try:
+        return (os.stat("/proc/%d/ns/net" % app["pid"]).st_ino == os.stat(os.path.join(NETNS_DIR, app["ns"])).st_ino)
+    except OSError:
+        return False
+
+
+def processes_in(spaces):
+    """Processes in namespaces -> {pid: namespace name}."""
+    wanted = {}
+    for space in spaces:
+        try:
+            wanted[os.stat(os.path.join(NETNS_DIR, space)).st_ino] = space
+        except OSError:
+            continue
+    found = {}
+    own = os.stat("/proc/self/ns/net").st_ino
+    wanted.pop(own, None)
+    for entry in os.listdir("/proc") if wanted else ():
+        if entry.isdigit() and int(entry) > 1:
+            try:
+                inode = os.stat("/proc/%s/ns/net" % entry).st_ino
+            except OSError:
+                continue
+            if inode in wanted:
+                found[int(entry)] = wanted[inode]
+    return found
+
+
+def stop_process(pid, child=None):
+    """End a process and its group: TERM, then KILL."""
+    import signal
+    import time
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            if os.getpgid(pid) == pid:
+                os.killpg(pid, number)
+            else:
+                os.kill(pid, number)
+        except (ProcessLookupError, PermissionError):
+            break
+        deadline = time.monotonic() + STOP_WAIT
+        while (child.poll() is None if child else process_start(pid)) and time.monotonic() < deadline:
+            time.sleep(0.005)
+        if (child.poll() is not None) if child else not process_start(pid):
+            break
+
+
+def evict(ctl, spaces):
+    """End every process in namespaces that are to go: apps, and whatever else was started there (named)."""
+    import signal
+    import time
+    spaces = set(spaces)
+    apps = {app["pid"]: app for vpc in ctl.world.values() for app in vpc["apps"]}
+    if not spaces or ctl.dry_run:
+        for pid, app in apps.items():
+            if app["ns"] in spaces:
+                ctl.run.echo(("kill", str(pid)), "ends the app on port %d" % app["port"])
+        return
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        found = processes_in(spaces)
+        for pid, space in sorted(found.items()):
+            if number == signal.SIGTERM:
+                ctl.run.echo(("kill", str(pid)), "ends %s in %s" % (process_name(pid), space))
+                if pid not in apps:
+                    ctl.note("ending process %d (%s) in namespace %s" % (pid, process_name(pid), space))
+            try:
+                os.kill(pid, number)
+            except ProcessLookupError:
+                continue
+        deadline = time.monotonic() + STOP_WAIT
+        while found and time.monotonic() < deadline:
+            found = {pid: space for pid, space in found.items() if process_start(pid)}
+            time.sleep(0.005 if found else 0)
+
+
+def process_name(pid):
+    """A process's short name."""
+    try:
+        with open("/proc/%d/comm" % pid) as handle:
+            return handle.read().strip()
+    except OSError:
+        return "gone"
+
+
+def revive_apps(ctl, vpcs):
+    """Start the apps of these VPCs that are gone -> how many."""
+    started = 0
+    for vpc in vpcs:
+        for app in vpc["apps"]:
+            if is_alive(app):
+                continue
+            found = [pid for pid in processes_in([app["ns"]]) if tagged(pid, app_tag(vpc["name"], app))]
+            if found:                             # a kill came between its start and the record
+                app["pid"], app["start"] = min(found), process_start(min(found))
+            else:
+                app["cmd"] = list(app_command(app["ns"], app["port"], app.get("command") or ()))
+                start_app(ctl, vpc["name"], app)
+            started += 1
+    return started
+
+
+def tagged(pid, tag):
+    """Whether a process carries an app's tag in its environment."""
+    try:
+        with open("/proc/%d/environ" % pid, "rb") as handle:
+            return ("VPCCTL_APP=" + tag).encode() in handle.read().split(b"\0")
+    except OSError:
+        return False
+
+
+def last_lines(path, count=5):
+    """The last lines of a file, on one line."""
+    with open(path, errors="replace") as handle:
+        return " | ".join(line.strip() for line in handle.read()[-2000:].splitlines()[-count:] if line.strip())
+
+
+@command("stop-app", "stop-app blog web", VPC, SUBNET,
+         arg("--port", type=port_type, metavar="PORT", help="only the one on this port (default: all of the subnet)"),
+         changes=True)
+def stop_app(ctl, args):
+    """stop what deploy-app started in a subnet"""
+    new = ctl.copy()
+    vpc = ctl.vpc(args.vpc, new)
+    ctl.subnet(vpc, args.subnet)
+    chosen = [app for app in vpc["apps"] if app["subnet"] == args.subnet and args.port in (None, app["port"])]
+    if not chosen:
+        return ctl.report("No app is deployed in subnet %s%s" % (args.subnet, " on port %d" % args.port if args.port else ""))
+    vpc["apps"] = [app for app in vpc["apps"] if app not in chosen]
+    ctl.change(new, before=lambda: [halt(ctl, app) for app in chosen])
+    for app in chosen:
+        ctl.report("Stopped app in subnet %s on port %d, PID=%d" % (args.subnet, app["port"], app["pid"]))
+
+
+def halt(ctl, app):
+    """End one app, if it is still the process that was started."""
+    if ctl.dry_run:
+        return ctl.run.echo(("kill", str(app["pid"])), "ends the app")
+    if is_alive(app):
+        ctl.run.echo(("kill", str(app["pid"])), "ends the app")
+        stop_process(app["pid"])
+    else:
+        ctl.note("the app on port %d was gone already" % app["port"])
+
+
+@command("logs", "logs blog web", VPC, SUBNET,
+         arg("-f", "--follow", action="store_true", help="go on printing what is added, until interrupted"),
+         arg("--port", type=port_type, metavar="PORT", help="of the app on this port (default: of all)"))
+def logs(ctl, args):
+    """print what a subnet's apps wrote"""
+    import time
+    vpc = ctl.vpc(args.vpc)
+    ctl.subnet(vpc, args.subnet)
+    apps = [app for app in vpc["apps"] if app["subnet"] == args.subnet and args.port in (None, app["port"])]
+    if not apps:
+        raise Problem("no app is deployed in subnet %s" % args.subnet,
+                      "`vpcctl deploy-app %s %s --port 8080` starts one" % (args.vpc, args.subnet))
+    handles = [open(os.path.join(ctl.store.folder, app["log"]), errors="replace") for app in apps]
+    while True:
+        for handle in handles:
+            sys.stdout.write(handle.read())
+        sys.stdout.flush()
+        if not args.follow:
+            return
+        time.sleep(0.2)
+
+
+@command("exec", "exec blog web -- ip addr", VPC, SUBNET,
+         arg("program", nargs="*", metavar="-- COMMAND…", help="what to run"), root=True)
+def exec_command(ctl, args):
+    """run a command in a subnet; its output and exit code are passed through"""
+    subnet = ctl.subnet(ctl.vpc(args.vpc), args.subnet)
+    program = args.program
+    if not program:
+        raise Problem("no command is given", "for example: vpcctl exec %s %s -- ip addr" % (args.vpc, args.subnet))
+    enter_and_run(ctl, subnet, program)
+
+
+@command("shell", "shell blog web", VPC, SUBNET, root=True)
+def shell(ctl, args):
+    """open a shell in a subnet"""
+    subnet = ctl.subnet(ctl.vpc(args.vpc), args.subnet)
+    os.environ["PS1"] = "(%s/%s) # " % (args.vpc, args.subnet)
+    enter_and_run(ctl, subnet, ["sh"])
+
+
+def enter_and_run(ctl, subnet, program):
+    """Become a program in a namespace. Problem if the namespace or the program is not there."""
+    import shutil
+    if not os.path.exists(os.path.join(NETNS_DIR, subnet["ns"])):
+        raise Problem("subnet %s is down: there is no namespace %s" % (subnet["name"], subnet["ns"]),
+                      "`vpcctl restore` brings it up", 3)
+    if not shutil.which(program[0]):
+        raise Problem("there is no command '%s'" % program[0], code=127)
+    argv = ["ip", "netns", "exec", subnet["ns"]] + list(program)
+    if ctl.dry_run:
+        return ctl.run.echo(tuple(argv))
+    sys.stdout.flush()
+    os.execvp("ip", argv)
+
+
+# ------------------------------------------------------------------------------------------------ inspection
+
+@command("list", "list",
+         arg("--long", action="store_true", help="a table with ranges, subnets, apps, peers, NAT"),
+         arg("--json", action="store_true", help="the same as JSON"))
+def list_vpcs(ctl, args):
+    """list the VPCs; those that are down are marked"""
+    rows = [list_row(ctl, name) for name in sorted(set(ctl.world) | set(ctl.intents) | set(ctl.damaged))]
+    if args.json:
+        return ctl.say(json.dumps(rows, indent=2))
+    if args.long:
+        return print_table(ctl, ("VPC", "RANGE", "STATE", "SUBNETS", "APPS", "PEERS", "NAT", "PUBLISHED"), [
+            (row["name"], row["cidr"], row["state"], len(row["subnets"]), row["apps"], ",".join(row["peers"]) or "-",
+             row["nat"] or "-", ",".join(map(str, row["published"])) or "-") for row in rows])
+    if not rows:
+        return ctl.say("VPCs: none yet; `vpcctl create blog --cidr 10.20.0.0/16` makes one")
+    ctl.say("VPCs:")
+    for row in rows:
+        ctl.say("- %s%s" % (row["name"], "" if row["state"] == "up" else "   (%s)" % paint(row["state"], 33)))
+
+
+def list_row(ctl, name):
+    """One VPC for `list`."""
+    vpc = ctl.world.get(name) or ctl.intents.get(name)
+    if name in ctl.damaged or not vpc:
+        state = "record unreadable: vpcctl delete --force %s" % name if name in ctl.damaged else "unfinished"
+        return {"name": name, "cidr": "?", "state": state, "subnets": [], "apps": 0, "peers": [], "nat": None, "published": []}
+    state = "unfinished: vpcctl restore" if name in ctl.intents else "down: vpcctl restore" if is_down(vpc) else "up"
+    return {"name": name, "cidr": vpc["cidr"], "state": state, "subnets": [subnet["name"] for subnet in vpc["subnets"]],
+            "apps": len(vpc["apps"]), "peers": [peer["peer_vpc"] for peer in vpc["peers"]],
+            "nat": vpc["nat"]["interface"] if vpc.get("nat") else None,
+            "published": [published["host_port"] for published in vpc["published"]]}
+
+
+def print_table(ctl, heads, rows):
+    """Print rows under heads, in columns."""
+    rows = [tuple(str(cell) for cell in row) for row in [heads] + rows]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(heads))]
+    for number, row in enumerate(rows):
+        line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()
+        ctl.say(paint(line, 1) if number == 0 else line)
+
+
+def paint(text, code):
+    """Colour, on a terminal that wants it (NO_COLOR is honoured)."""
+    wanted = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    return "\033[%dm%s\033[0m" % (code, text) if wanted else text
+
+
+@command("inspect", "inspect blog", VPC)
+def inspect(ctl, args):
+    """print the record of a VPC, as JSON"""
+    if args.vpc in ctl.intents and args.vpc not in ctl.world:
+        raise Problem("VPC %s is unfinished: a change was cut short" % args.vpc, "`vpcctl restore` finishes it")
+    ctl.say(json.dumps(ctl.vpc(args.vpc), indent=2))
+
+
+@command("verify", "verify", arg("--json", action="store_true", help="the findings as JSON"))
+def verify(ctl, args):
+    """check the tools, then every object of every VPC: missing, changed, or without a record"""
+    import shutil
+    path = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
+    checks = [("root", os.geteuid() == 0, "run it with sudo")] + [
+        (tool, bool(shutil.which(tool, path=path)), missing_tool(tool).hint)
+        for tool in ("ip", "bridge", "iptables", "setpriv")]
+    lacking = [(what, hint) for what, found, hint in checks if not found]
+    if not args.json:
+        for what, found, hint in checks:
+            ctl.say("%s %s%s" % (mark(found), what, "" if found else ": missing; " + hint))
+    if lacking:
+        if args.json:
+            ctl.say(json.dumps({"ok": False, "lacking": [what for what, _ in lacking]}, indent=2))
+        return 4
+    findings, notes = look_for_drift(ctl)
+    if args.json:
+        ctl.say(json.dumps({"ok": not findings, "vpcs": sorted(ctl.world), "notes": notes, "findings": [
+            {"vpc": vpc, "what": kind, "object": text} for vpc, kind, text in findings]}, indent=2))
+        return 1 if findings else 0
+    for name in sorted(set(ctl.world) | set(ctl.damaged)):
+        own = sum(1 for vpc, _, _ in findings if vpc == name)
+        ctl.say("%s VPC %s%s" % (mark(not own), name, ": %d findings" % own if own else ""))
+    for vpc, kind, text in findings:
+        ctl.say("  %s%s: %s" % (vpc + ": " if vpc else "", paint(kind, 31), text))
+    for text in notes:
+        ctl.say("note: " + text)
+    if findings:
+        ctl.say("`vpcctl restore` repairs what is missing or changed; `vpcctl cleanup-all` removes everything")
+    return 1 if findings else 0
+
+
+def mark(good):
+    """A tick or a cross, in ASCII where the terminal has no better."""
+    encoding = (getattr(sys.stdout, "encoding", "") or "").lower().replace("-", "")
+    tick, cross = ("\u2713", "\u2717") if encoding.startswith("utf") else ("ok", "NO")
+    return paint(tick, 32) if good else paint(cross, 31)
+
+
+def look_for_drift(ctl):
+    """Compare the records with the kernel -> (findings: (vpc, "missing"/"changed"/…, object), notes)."""
+    findings = [(name, "unreadable", why) for name, why in ctl.damaged.items()]
+    findings += [(name, "unfinished", "a change was cut short") for name in ctl.intents]
+    world = {name: vpc for name, vpc in ctl.world.items()}
+    seen = observe(world)
+    told = set()
+    for name in sorted(world):
+        for fact, step in plan(world, {name}).items():
+            if fact in told or seen.holds(step):
+                continue
+            told.add(fact)
+            if fact in seen.foreign:
+                findings.append((name, "not ours", describe(step)))
+            elif not (fact[0] == "inside" and fact[1] in seen.broken):
+                kind = "changed" if seen.holds(step, any_content=True) else "missing"
+                findings.append((name, kind, describe(step)))
+        findings += [(name, "missing", "app on port %d in subnet %s" % (app["port"], app["subnet"]))
+                     for app in world[name]["apps"] if not is_alive(app)]
+    findings += [("", "in no record", describe(step)) for step in orphans(ctl, seen)]
+    findings += [("", "cannot look into", "%s: %s" % pair) for pair in seen.broken.items()]
+    return findings, capability_notes(world)
+
+
+def capability_notes(world):
+    """What this kernel cannot do, and what that means."""
+    notes = []
+    unlocked = sorted(name for name, vpc in world.items() if vpc.get("unlocked"))
+    if unlocked:
+        notes.append("this kernel cannot lock bridge ports (Linux 5.18 can): a workload of %s could send with a sibling's "
+                     "address and hardware address" % ", ".join(unlocked))
+    if not os.path.exists("/proc/sys/net/bridge/bridge-nf-call-iptables"):
+        notes.append("br_netfilter is not loaded: nothing depends on it")
+    if not os.path.exists("/proc/sys/net/ipv6"):
+        notes.append("this kernel has no IPv6: there is none to switch off")
+    return notes
+
+
+@command("test-connectivity", "test-connectivity blog web 10.20.2.2 --port 5432", VPC,
+         arg("subnet", type=name_type, metavar="SUBNET", help="where the test starts", complete="subnet"),
+         arg("target", metavar="TARGET", help="an address, VPC/SUBNET, or a name"),
+         arg("--port", type=port_type, metavar="PORT", help="try this TCP port (default: ping)"), root=True)
+def test_connectivity(ctl, args):
+    """send a packet from a subnet and say what came of it"""
+    vpc = ctl.vpc(args.vpc)
+    subnet = ctl.subnet(vpc, args.subnet)
+    address = resolve_target(ctl.world, args.vpc, args.subnet, args.target)
+    if ctl.dry_run:
+        return ctl.say(">>> ip netns exec %s %s" % (subnet["ns"], "nc -z -w 3 %s %d" % (address, args.port)
+                                                    if args.port else "ping -c 1 -W 3 " + address))
+    if not os.path.exists(os.path.join(NETNS_DIR, subnet["ns"])):
+        raise Problem("subnet %s is down: there is no namespace %s" % (args.subnet, subnet["ns"]),
+                      "`vpcctl restore` brings it up", 3)
+    answer = in_namespace(subnet["ns"], lambda: probe(address, args.port))
+    what = "%s port %d" % (address, args.port) if args.port else "%s (ping)" % address
+    ctl.say("%s %s -> %s: %s" % (mark(answer == "open"), args.subnet, what, ANSWERS[answer]))
+    if answer != "open":
+        hops = explain_path(ctl.world, args.vpc, args.subnet, address, args.port, "tcp" if args.port else "icmp")
+        blocking = [hop for hop in hops if hop.ok is False]
+        for line in render_explain(blocking)[1:] if blocking else ["by the records it should pass: `vpcctl verify` "
+                                                                   "looks for what is missing"]:
+            ctl.say("  " + line)
+    return 0 if answer == "open" else 1
+
+
+ANSWERS = {"open": "open", "refused": "refused: the host answered, nothing listens there",
+           "silence": "no answer: dropped on the way", "no way": "no route: the router says that there is no way"}
+
+
+def probe(address, port=None, protocol="tcp", patience=2.0):
+    """Called in a namespace: send a packet and wait -> a key of ANSWERS. Without a port, or for icmp: ping."""
+    import errno
+    import socket
+    kind = socket.SOCK_STREAM if port and protocol == "tcp" else socket.SOCK_DGRAM
+    if not port or protocol == "icmp":
+        return ping(address, patience)
+    with socket.socket(socket.AF_INET, kind) as opened:
+        opened.settimeout(patience)
+        try:
+            opened.connect((address, port))
+            if protocol == "udp":
+                opened.send(b"vpcctl")
+                opened.recv(1)
+            return "open"
+        except socket.timeout:
+            return "silence"
+        except OSError as error:
+            if error.errno == errno.ECONNREFUSED:
+                return "refused"
+            if error.errno in (errno.EHOSTUNREACH, errno.ENETUNREACH):
+                return "no way"
+            return "silence" if error.errno in (errno.ETIMEDOUT, errno.EPERM) else "refused"
+
+
+def ping(address, patience):
+    """One echo request, by hand: `ping` is not installed everywhere."""
+    import socket
+    import struct
+    import time
+    number = os.getpid() & 0xffff
+    body = struct.pack("!BBHHH", 8, 0, 0, number, 1) + b"vpcctl"
+    total = sum(struct.unpack("!%dH" % (len(body) // 2), body))
+    total = (total & 0xffff) + (total >> 16)
+    packet = body[:2] + struct.pack("!H", ~(total + (total >> 16)) & 0xffff) + body[4:]
+    with socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP) as opened:
+        deadline = time.monotonic() + patience
+        try:
+            opened.sendto(packet, (address, 0))
+            while True:
+                opened.settimeout(max(0.001, deadline - time.monotonic()))
+                answer = opened.recv(1500)
+                kind = answer[(answer[0] & 15) * 4:]
+                if kind[0] == 0 and kind[4:6] == packet[4:6]:
+                    return "open"
+                if kind[0] == 3 and packet[4:8] in kind:
+                    return "no way"
+        except socket.timeout:
+            return "silence"
+        except OSError:
+            return "no way"
+
+
+# ------------------------------------------------------------------------------------------------ explain: why is it blocked?
+
+Hop = namedtuple("Hop", "ok where text remedy")  # ok: True, False, or None where no record can tell
+
+
+def ip_inside(address, cidr):
+    """Whether an address lies in a block."""
+    import ipaddress
+    return ipaddress.ip_address(address) in ipaddress.ip_network(cidr)
+
+
+def find_subnet(world, vpc, subnet):
+    """(VPC record, subnet record) by names; a Problem names what is missing."""
+    if vpc not in world:
+        raise Problem("there is no VPC '%s'" % vpc, hint="vpcctl list shows the VPCs")
+    for record in world[vpc]["subnets"]:
+        if record["name"] == subnet:
+            return world[vpc], record
+    raise Problem("VPC '%s' has no subnet '%s'" % (vpc, subnet), hint="vpcctl inspect %s shows its subnets" % vpc)
+
+
+def resolve_target(world, vpc, subnet, text):
+    """The address that TARGET (an address, vpc/subnet, or a name seen from that subnet) means; or a Problem."""
+    import ipaddress
+    try:
+        return str(ipaddress.IPv4Address(text))
+    except ValueError:
+        pass
+    for address, names in name_data(world, find_subnet(world, vpc, subnet)[0]):
+        if text in names:
+            return address
+    if "/" in text:
+        return find_subnet(world, *text.split("/", 1))[1]["host_ip"]
+    raise Problem("%s/%s knows no name '%s'" % (vpc, subnet, text), hint=(
+        "names are those of its own VPC (db, db.%s.internal) and what a peering allows (api.shop); "
+        "vpc/subnet works for any" % vpc))
+
+
+def port_range(port):
+    """(lowest, highest) of a rule's port: a number, "8000-8100", or None for all."""
+    low, _, high = str(port or "1-65535").partition("-")
+    return int(low), int(high or low)
+
+
+def rule_text(rule):
+    """A policy rule in words: allow tcp/80 from web."""
+    other = "".join(" %s %s" % (key, rule[key]) for key in ("from", "to") if rule.get(key))
+    port = "/%s" % rule["port"] if rule.get("port") else ""
+    return "%s %s%s%s" % (rule["action"], rule["protocol"], port, other)
+
+
+def rule_matches(rule, direction, protocol, port, other_ip, siblings):
+    """Whether a policy rule speaks of this packet; other_ip is the far end, siblings the VPC's subnets."""
+    if rule["protocol"] != protocol:
+        return False
+    low, high = port_range(rule.get("port"))
+    if protocol != "icmp" and not low <= port <= high:
+        return False
+    other = rule.get("from" if direction == "ingress" else "to")
+    if other is None:
+        return True
+    other = {s["name"]: s["cidr"] for s in siblings}.get(other, other)
+    return other[0].isdigit() and "." in other and ip_inside(other_ip, other)  # a name of no subnet: nobody
+
+
+def policy_decision(policy, direction, protocol, port, other_ip, siblings):
+    """(allowed, reason, index of the deciding rule or None) in the order of the kernel: denies, allows, default."""
+    rules = policy.get(direction) or []
+    for action in ("deny", "allow"):
+        for index, rule in enumerate(rules):
+            if rule["action"] == action and rule_matches(rule, direction, protocol, port, other_ip, siblings):
+                return action == "allow", "%s rule %d, %s" % (direction, index + 1, rule_text(rule)), index
+    default, why = policy_default(policy, direction)
+    return default == "allow", "no %s rule names it, and %s" % (direction, why), None
+
+
+def cut_out(rule, direction, protocol, port, other_ip, siblings):
+    """The deny rules that are left of a deny when one flow is taken out of it."""
+    import ipaddress
+    key, rest = ("from" if direction == "ingress" else "to"), []
+    if protocol != "icmp":
+        low, high = port_range(rule.get("port"))
+        for first, last in ((low, port - 1), (port + 1, high)):
+            if first <= last:
+                rest.append(dict(rule, port=first if first == last else "%d-%d" % (first, last)))
+        rule = dict(rule, port=port)
+    if rule.get(key) in [s["name"] for s in siblings]:
+        return rest  # one host lives in a subnet: nobody else is meant
+    whole = ipaddress.ip_network(rule.get(key) or "0.0.0.0/0")
+    blocks = sorted(whole.address_exclude(ipaddress.ip_network(other_ip)))
+    return rest + [dict(rule, **{key: str(block)}) for block in blocks]
+
+
+def allowing_policy(subnet, direction, protocol, port, other_ip, siblings):
+    """A policy as for apply-policy: that of a subnet, changed so that this one flow passes and no other."""
+    policy = subnet["policy"]
+    new = {"subnet": subnet["cidr"], "ingress": list(policy.get("ingress") or []),
+           "egress": list(policy.get("egress") or [])}
+    flow = (direction, protocol, port, other_ip, siblings)
+    rules = []
+    for rule in new[direction]:
+        # denies stand before allows, so an exception has to be cut out of the deny
+        hit = rule["action"] == "deny" and rule_matches(rule, *flow)
+        rules += cut_out(rule, *flow) if hit else [rule]
+    default = policy_default(policy, direction)[0]
+    if default == "deny" and not any(r["action"] == "allow" and rule_matches(r, *flow) for r in rules):
+        name = [s["name"] for s in siblings if s["host_ip"] == other_ip]
+        rule = {"protocol": protocol, "action": "allow",
+                "from" if direction == "ingress" else "to": name[0] if name else other_ip + "/32"}
+        rules.append(rule if protocol == "icmp" else dict(rule, port=port))
+    new[direction] = rules
+    if policy.get("default"):
+        new["default"] = dict(policy["default"])
+    if policy_default(new, direction)[0] != default:
+        new["default"] = dict(new.get("default", {}), **{direction: default})
+    return new
+
+
+def explain_path(world, vpc, subnet, target, port=None, protocol="tcp", listening=None):
+    """The hops of a packet from a subnet to TARGET and back, up to the first that blocks; from the records alone.
+    tcp without a port: the target's first app, else 80. listening(vpc, subnet, port, protocol): True, False, None."""
+    flow = path_flow(world, vpc, subnet, target, port, protocol)
+    hops = []
+    for hop in walk(world, flow, listening or app_recorded):
+        hops.append(hop)
+        if hop.ok is False:
+            break
+    return hops
+
+
+Flow = namedtuple("Flow", "home source far host address protocol port what options")
+
+
+def path_flow(world, vpc, subnet, target, port, protocol):
+    """What is asked: home/source the sending records, far/host the receiving ones (None where there is none)."""
+    home, source = find_subnet(world, vpc, subnet)
+    address = resolve_target(world, vpc, subnet, target)
+    if address.startswith("127.") or address == "0.0.0.0":
+        address = source["host_ip"]
+    far = next((v for _, v in sorted(world.items()) if ip_inside(address, v["cidr"])), None)
+    host = next((s for s in far["subnets"] if s["host_ip"] == address), None) if far else None
+    if protocol == "icmp":
+        return Flow(home, source, far, host, address, protocol, None, "icmp", " --protocol icmp")
+    if port is None and protocol == "udp":
+        raise Problem("which udp port?", hint="add --port P")
+    if port is None:
+        port = next((a["port"] for a in (far or {}).get("apps", []) if host and a["subnet"] == host["name"]), 80)
+    options = " --port %d%s" % (port, " --protocol udp" if protocol == "udp" else "")
+    return Flow(home, source, far, host, address, protocol, port, "%s/%d" % (protocol, port), options)
+
+
+def walk(world, flow, listening):
+    """Yields the hops; whoever reads stops at the first that blocks."""
+    goal = "%s/%s (%s)" % (flow.far["name"], flow.host["name"], flow.address) if flow.host else flow.address
+    yield Hop(True, "packet", "%s from %s/%s (%s) to %s" % (
+        flow.what, flow.home["name"], flow.source["name"], flow.source["host_ip"], goal), None)
+    if flow.host is flow.source:
+        yield Hop(True, "loopback", "its own address: no policy and no router is asked", None)
+        yield listening_hop(flow, listening)
+        return
+    yield policy_hop(flow, "egress")
+    owner = next((v for v in world.values() if flow.address in router_addresses(v)), None)
+    if owner:
+        yield router_hop(flow, owner)
+    else:
+        yield route_hop(flow)
+        yield chain_hop(flow)
+        if not flow.far:
+            yield Hop(None, "beyond", "what answers there is in no record; of this host's own addresses none does", None)
+        else:
+            yield host_hop(flow)
+            yield policy_hop(flow, "ingress")
+            yield listening_hop(flow, listening)
+    yield Hop(True, "way back", "replies pass every policy; nobody can open a connection that way", None)
+
+
+def policy_hop(flow, direction):
+    """The source's egress or the target's ingress policy."""
+    vpc, subnet = (flow.home, flow.source) if direction == "egress" else (flow.far, flow.host)
+    other = flow.address if direction == "egress" else flow.source["host_ip"]
+    ok, why, _ = policy_decision(subnet["policy"], direction, flow.protocol, flow.port, other, vpc["subnets"])
+    place = "%s-%s.json" % (vpc["name"], subnet["name"])
+    remedy = "vpcctl explain %s %s %s%s --policy > %s && vpcctl apply-policy %s %s" % (
+        flow.home["name"], flow.source["name"], flow.address, flow.options, place, vpc["name"], place)
+    return Hop(ok, "%s policy" % direction, "%s/%s: %s" % (vpc["name"], subnet["name"], why), None if ok else remedy)
+
+
+def path_policy(world, vpc, subnet, target, port=None, protocol="tcp"):
+    """(VPC name, policy) for apply-policy that opens the first policy in the way; None if none is in the way."""
+    flow = path_flow(world, vpc, subnet, target, port, protocol)
+    ends = [("egress", flow.home, flow.source, flow.address), ("ingress", flow.far, flow.host, flow.source["host_ip"])]
+    for direction, owner, record, other in ends:
+        if record and flow.host is not flow.source:
+            asked = (direction, flow.protocol, flow.port, other, owner["subnets"])
+            if not policy_decision(record["policy"], *asked)[0]:
+                return owner["name"], allowing_policy(record, *asked)
+    return None
+
+
+def router_addresses(vpc):
+    """The addresses of a VPC that are the host's own: the bridge's and the subnets' gateways."""
+    import ipaddress
+    return [str(ipaddress.ip_network(vpc["cidr"])[1])] + [s["gw"] for s in vpc["subnets"]]
+
+
+def router_hop(flow, owner):
+    """A gateway's address: the host takes ping from the VPC it is the gateway of, and nothing else."""
+    if owner is flow.home and flow.protocol == "icmp":
+        return Hop(True, "host", "%s is this VPC's gateway, which answers ping" % flow.address, None)
+    if owner is flow.home:
+        remedy = "nothing does, by design; ping it: vpcctl explain %s %s %s --protocol icmp" % (
+            flow.home["name"], flow.source["name"], flow.address)
+    else:
+        remedy = "nothing does, by design; aim at a subnet of %s instead" % owner["name"]
+    text = "%s is a gateway of %s, that is this host: it answers only ping, only to %s" % (
+        flow.address, owner["name"], owner["name"])
+    return Hop(False, "host", text, remedy)
+
+
+def peering_with(vpc, name):
+    """The record of a peering, or None."""
+    return next((p for p in vpc.get("peers", []) if p["peer_vpc"] == name), None)
+
+
+def peer_remedy(flow):
+    """The command that lets source and target talk over a peering, new or made wider."""
+    a, b = flow.home["name"], flow.far["name"]
+    peer = peering_with(flow.home, b)
+    allowed = list(peer["allowed"]) if peer else []
+    ends = [(flow.source["host_ip"], flow.source["cidr"]),
+            (flow.address, flow.host["cidr"] if flow.host else flow.address + "/32")]
+    allowed += [cidr for ip, cidr in ends if not any(ip_inside(ip, block) for block in allowed)]
+    if peer and peer.get("side") == "b":
+        a, b = b, a
+    undo = "vpcctl unpeer %s %s && " % (a, b) if peer else ""
+    return "%svpcctl peer %s %s --allow-cidrs %s" % (undo, a, b, ",".join(allowed))
+
+
+def route_hop(flow):
+    """The route table of the source's VPC: its own range, the listed blocks of peers, with NAT the rest."""
+    home, address, nat = flow.home, flow.address, flow.home.get("nat")
+    table = "table %s: " % home["table"]
+
+    def hop(ok, text, remedy=None):
+        return Hop(ok, "route table", table + text, remedy)
+    if flow.far is home:
+        return hop(True, "%s is in its own range %s" % (address, home["cidr"]))
+    if flow.far:
+        peer = peering_with(home, flow.far["name"])
+        block = next((b for b in peer["allowed"] if ip_inside(address, b)), None) if peer else None
+        if block:
+            return hop(True, "%s is a listed block of peer %s" % (block, flow.far["name"]))
+        why = "no listed block of peer %s holds %s" if peer else "not peered with %s, whose range holds %s"
+        return hop(False, why % (flow.far["name"], address) + ": unreachable", peer_remedy(flow))
+    if int(address.split(".")[0]) in range(224, 240) or address == "255.255.255.255":
+        return hop(False, "multicast and broadcast are not routed", "nothing does, by design")
+    if not nat:
+        return hop(False, "%s is outside and there is no NAT: unreachable" % address,
+                   "vpcctl enable-nat %s" % home["name"])
+    if nat.get("subnets") is not None and flow.source["name"] not in nat["subnets"]:
+        remedy = "vpcctl disable-nat %s && vpcctl enable-nat %s --interface %s --subnet-filter %s" % (
+            home["name"], home["name"], nat["interface"], ",".join(nat["subnets"] + [flow.source["name"]]))
+        return hop(False, "NAT serves only %s: unreachable" % ", ".join(nat["subnets"]), remedy)
+    return hop(True, "%s is outside: the host's default route" % address)
+
+
+def chain_hop(flow):
+    """The firewall chain of the source's VPC."""
+    home, source = flow.home, flow.source["host_ip"]
+    if flow.far is home:
+        return Hop(True, "firewall", "chain %s: within %s" % (home["chain"], home["cidr"]), None)
+    if not flow.far:
+        return Hop(True, "firewall", "chain %s: out by %s, as the host's address (NAT)" % (
+            home["chain"], home["nat"]["interface"]), None)
+    peer = peering_with(home, flow.far["name"])
+    block = next((b for b in peer["allowed"] if ip_inside(source, b)), None)
+    if block:
+        far = next(b for b in peer["allowed"] if ip_inside(flow.address, b))
+        return Hop(True, "peering", "chain %s: %s and %s may talk" % (peer["chain"], block, far), None)
+    return Hop(False, "peering", "chain %s: no listed block holds the source %s" % (peer["chain"], source),
+               peer_remedy(flow))
+
+
+def host_hop(flow):
+    """Whether anybody has the address."""
+    import ipaddress
+    far, number = flow.far, int(ipaddress.ip_address(flow.address))
+    if flow.host:
+        return Hop(True, "address", "%s is subnet %s" % (flow.address, flow.host["name"]), None)
+    near = next((s for s in far["subnets"] if ip_inside(flow.address, s["cidr"])), None)
+    if near:
+        return Hop(False, "address", "nobody has %s" % flow.address, "nothing does; subnet %s answers at %s: "
+                   "vpcctl explain %s %s %s%s" % (near["name"], near["host_ip"], flow.home["name"],
+                                                  flow.source["name"], near["host_ip"], flow.options))
+    # a subnet's host is the second address of its block: .2
+    blocks = (ipaddress.ip_network((number - 2, prefix), strict=False)
+              for prefix in range(max(24, ipaddress.ip_network(far["cidr"]).prefixlen), 31))
+    fitting = next((b for b in blocks if int(b[2]) == number and not any(
+        b.overlaps(ipaddress.ip_network(s["cidr"])) for s in far["subnets"])), None)
+    remedy = "vpcctl add-subnet %s net-%s%s" % (far["name"], flow.address.replace(".", "-"),
+                                                " --cidr %s" % fitting if fitting else "  # at another address")
+    return Hop(False, "address", "nobody has %s: no subnet of %s holds it" % (flow.address, far["name"]), remedy)
+
+
+def app_recorded(vpc, subnet, port, protocol):
+    """Whether the record knows an app on that port; None (unknown) for udp."""
+    if protocol != "tcp":
+        return None
+    return any(a["subnet"] == subnet["name"] and a["port"] == port for a in vpc.get("apps", []))
+
+
+def listening_hop(flow, listening):
+    """Whether anything takes the packet at its end."""
+    vpc, subnet = flow.far["name"], flow.host["name"]
+    if flow.protocol == "icmp":
+        return Hop(True, "listening", "the kernel answers ping", None)
+    answer = listening(flow.far, flow.host, flow.port, flow.protocol)
+    text = {True: "%s on %s/%s", False: "nothing on %s in %s/%s", None: "no record tells who is on %s in %s/%s"}
+    remedy = "vpcctl deploy-app %s %s --port %d" % (vpc, subnet, flow.port)
+    if flow.protocol == "udp":
+        remedy = ("vpcctl exec %s %s -- python3 -c \"import socket as k; s = k.socket(2, 2); s.bind(('', %d)); "
+                  "[s.sendto(*s.recvfrom(2048)) for _ in iter(int, 1)]\"" % (vpc, subnet, flow.port))
+    return Hop(answer, "listening", text[answer] % (flow.what, vpc, subnet), remedy if answer is False else None)
+
+
+def render_explain(hops, ascii_only=False):
+    """The hops as lines of text, the last ones the answer and what would change it."""
+    marks = {True: "ok", False: "NO", None: "??"} if ascii_only else {True: "✓", False: "✗", None: "?"}
+    lines = ["%s %-14s %s" % (marks[hop.ok], hop.where, hop.text) for hop in hops]
+    last = hops[-1]
+    if last.ok is False:
+        return lines + ["no: blocked by %s: %s" % (last.where, last.text), "to allow it: %s" % last.remedy]
+    known = all(hop.ok for hop in hops)
+    return lines + ["yes%s: %s" % ("" if known else ", as far as the records tell", hops[0].text)]
+
+
+# ------------------------------------------------------------------------------------------------ sandbox
+
+SANDBOX_RUN = "/run/vpcctl-sandbox"
+SANDBOX_SIGNALS = ("SIGINT", "SIGQUIT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGCHLD", "SIGIO")
+SANDBOX_GREETING = """\
+This is a throw-away machine: root, an uplink eth0, nothing of it is connected to yours.
+Try:   vpcctl create blog --cidr 10.20.0.0/16     (add --why to learn what each command does)
+The "internet" is 203.0.113.1: it answers ping and HTTP. The guide's sudo works here as well.
+Type   exit   to end it: every VPC, process and network in it is gone then.
+"""
+SANDBOX_SUDO = """\
+#!/bin/sh
+# in the sandbox one is root already
+while case "$1" in -E|-H|-n|--) true;; *) false;; esac; do shift; done
+exec env "$@"
+"""
+
+
+@command("sandbox", "sandbox -- vpcctl list",
+         arg("program", nargs="*", metavar="-- COMMAND…", help="what to run in it (default: a shell)"))
+def sandbox(ctl, args):
+    """open a shell, or run a command, in a throw-away machine: nothing of yours is touched, no root needed"""
+    program, script = args.program, os.path.realpath(__file__)
+    if ctl.dry_run:
+        return ctl.run.echo(tuple(sandbox_argv(script, program, os.geteuid() == 0)))
+    return enter_sandbox(script, program)
+
+
+@command("__sandbox-init", "__sandbox-init -- true",
+         arg("program", nargs="*", metavar="-- COMMAND…", help="what to run"), hidden=True)
+def sandbox_first(_ctl, args):
+    """be the first process of a sandbox"""
+    return sandbox_init(args.program)
+
+
+def sandbox_argv(script, command, root):
+    """Return the command line that starts `command` (empty: a shell) in new namespaces."""
+    argv = ["unshare", "--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
+    if not root:
+        argv += ["--user", "--map-root-user"]   # root in there, and nothing but oneself outside
+    return argv + [sys.executable or "python3", script, "__sandbox-init", "--"] + command
+
+
+def enter_sandbox(script, command):
+    """Run `command` in a sandbox and wait; returns its exit code, raises Problem (4) if it cannot be had.
+
+    One end of a socket pair is here, the other with the sandbox's first process. It says there that the
+    namespaces exist, carries signals in, and its closing ends the sandbox, however this process dies.
+    (unshare itself blocks SIGTERM while it waits.)
+    """
+    import signal
+    import socket
+    import subprocess
+    check_sandbox_tools()
+    wanted = {getattr(signal, name) for name in SANDBOX_SIGNALS}
+    ours, theirs = socket.socketpair()
+    env = dict(os.environ, VPCCTL_SANDBOX_FD=str(theirs.fileno()))
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, wanted)
+    try:
+        child = subprocess.Popen(
+            sandbox_argv(script, command, os.geteuid() == 0), env=env, pass_fds=[theirs.fileno()],
+            preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_SETMASK, before))
+        theirs.close()
+        while child.poll() is None:
+            info = signal.sigwaitinfo(wanted)
+            if info.si_signo not in (signal.SIGCHLD, signal.SIGIO) and info.si_code <= 0:
+                try:                       # si_code > 0: the terminal sent it, to the command as well
+                    ours.send(bytes([info.si_signo]))
+                except OSError:
+                    pass                   # it is just ending
+        take_terminal_back()
+        started = ours.recv(1, socket.MSG_DONTWAIT) if child.returncode else b"+"
+    except (BlockingIOError, ConnectionError):
+        started = b""
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        ours.close()
+    if not started and child.returncode > 0:
+        raise sandbox_refused()
+    return child.returncode if child.returncode >= 0 else 128 - child.returncode
+
+
+def take_terminal_back():
+    """Make this process group the terminal's foreground again; the sandbox's shell cannot name it."""
+    import signal
+    try:
+        if os.isatty(0) and os.tcgetpgrp(0) != os.getpgrp():
+            ignored = signal.signal(signal.SIGTTOU, signal.SIG_IGN)
+            os.tcsetpgrp(0, os.getpgrp())
+            signal.signal(signal.SIGTTOU, ignored)
+    except OSError:
+        pass                               # no terminal of ours
+
+
+def check_sandbox_tools():
+    """Raise Problem (4) with the package's name if a program that the sandbox needs is missing."""
+    import shutil
+    path = os.environ.get("PATH", os.defpath)
+    path += "".join(":" + folder for folder in ("/usr/sbin", "/sbin") if folder not in path.split(":"))
+    for program, package in (("unshare", "util-linux"), ("mount", "util-linux or mount"),
+                             ("ip", "iproute2 (on RHEL: iproute)")):
+        if not shutil.which(program, path=path):
+            raise Problem("the sandbox needs '%s', which is not installed" % program,
+                          hint="install the package %s" % package, code=4)
+    os.environ["PATH"] = path
+
+
+def sandbox_refused():
+    """Return the Problem that says why the kernel gave no namespaces, as far as one can see it."""
+    def setting(path):
+        try:
+            with open(path) as handle:
+                return handle.read().strip()
+        except OSError:
+            return ""
+    if os.geteuid() == 0:
+        return Problem("the kernel refuses new namespaces, although you are root (a container?)",
+                       hint="use the machine itself, or a container started with --privileged", code=4)
+    for path, closed, remedy in (
+            ("/proc/sys/kernel/apparmor_restrict_unprivileged_userns", "1",
+             "sudo sysctl kernel.apparmor_restrict_unprivileged_userns=0"),
+            ("/proc/sys/kernel/unprivileged_userns_clone", "0",
+             "sudo sysctl kernel.unprivileged_userns_clone=1"),
+            ("/proc/sys/user/max_user_namespaces", "0", "sudo sysctl user.max_user_namespaces=15000")):
+        if setting(path) == closed:
+            return Problem("this machine does not let ordinary users make namespaces (%s is %s)"
+                           % (path[len("/proc/sys/"):].replace("/", "."), closed),
+                           hint="run it with sudo, or allow it: %s" % remedy, code=4)
+    return Problem("the kernel refuses new namespaces to you (its reason stands above)",
+                   hint="run it with sudo; in a container, start that with --privileged", code=4)
+
+
+def sandbox_init(command):
+    """First process of the sandbox: set it up, run `command` (empty: a shell); returns the exit code."""
+    import signal
+    import socket
+    if os.getpid() != 1 or "VPCCTL_SANDBOX_FD" not in os.environ:
+        raise Problem("this entry is the sandbox's own", hint="type: vpcctl sandbox", code=2)
+    line = socket.socket(fileno=int(os.environ.pop("VPCCTL_SANDBOX_FD")))
+    line.set_inheritable(False)
+    line.send(b"+")
+    wanted = {getattr(signal, name) for name in SANDBOX_SIGNALS}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, wanted)
+    sandbox_mounts()
+    sandbox_internet(before)
+    argv = sandbox_environment(command)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    child = os.fork()
+    if child == 0:
+        sandbox_exec(argv, before)
+    return mind_sandbox(child, line, wanted)
+
+
+def sandbox_exec(argv, mask):
+    """Become the sandbox's command (in its forked process); never returns."""
+    import signal
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)     # Python ignores it, and exec would pass that on
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        os.execvp(argv[0], argv)
+    except OSError as error:
+        # a PATH folder that one may not read gives "Permission denied" for a program that is nowhere
+        found = "/" in argv[0] and not isinstance(error, FileNotFoundError)
+        reason = error.strerror if found else "not found"
+        os.write(2, ("Error: cannot run %s: %s\n" % (argv[0], reason)).encode())
+        os._exit(126 if found else 127)
+
+
+def mind_sandbox(child, line, wanted):
+    """Reap what dies, pass signals on to `child`, until it ends or the line breaks; returns the exit code."""
+    import fcntl
+    import signal
+    line.setblocking(False)
+    fcntl.fcntl(line, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(line, fcntl.F_SETFL, fcntl.fcntl(line, fcntl.F_GETFL) | os.O_ASYNC)   # news comes as SIGIO
+    signo, sent = signal.SIGIO, True       # something may have come before that
+    while True:
+        if signo == signal.SIGCHLD:
+            while True:
+                try:
+                    pid, status = os.waitpid(-1, os.WNOHANG)
+                except ChildProcessError:
+                    return 137
+                if pid == child:           # when this process, pid 1, ends the kernel kills all others here
+                    return os.WEXITSTATUS(status) if os.WIFEXITED(status) else 128 + os.WTERMSIG(status)
+                if pid == 0:
+                    break
+        elif signo == signal.SIGIO:
+            try:
+                data = line.recv(64)
+            except BlockingIOError:
+                data = None
+            except OSError:
+                data = b""
+            if data == b"":                # whoever typed `vpcctl sandbox` is gone
+                return 137
+            for number in data or b"":
+                os.kill(child, number)
+        elif sent:
+            os.kill(child, signo)
+        info = signal.sigwaitinfo(wanted)
+        signo, sent = info.si_signo, info.si_code <= 0
+
+
+def sandbox_step(*argv, **options):
+    """Run a set-up command; raise Problem (4) with its own words if it fails."""
+    import subprocess
+    done = subprocess.run(argv, input=options.get("input", "").encode(), stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT)
+    if done.returncode:
+        raise Problem("the sandbox cannot be set up: `%s` failed: %s"
+                      % (" ".join(argv), done.stdout.decode(errors="replace").strip()),
+                      hint="run it with sudo; in a container, start that with --privileged", code=4)
+
+
+def sandbox_mounts():
+    """Give this mount namespace its own /run, /sys, and an /etc in which /etc/netns can be made."""
+    sandbox_step("mount", "-t", "tmpfs", "-o", "mode=755", "tmpfs", "/run")
+    os.makedirs("/run/netns")
+    # a mounted sysfs keeps showing the network namespace in which it was mounted
+    sandbox_step("mount", "-t", "sysfs", "sysfs", "/sys")
+    # /etc: a folder of links into the real one, so that new entries stay in here
+    new = SANDBOX_RUN + "/etc"
+    os.makedirs(new)
+    sandbox_step("mount", "-t", "tmpfs", "-o", "mode=755", "tmpfs", new)
+    os.makedirs(new + "/.real")
+    sandbox_step("mount", "--rbind", "/etc", new + "/.real")
+    for entry in os.listdir("/etc"):
+        path = os.path.join("/etc", entry)
+        if entry not in ("netns", ".real"):
+            # a link such as mtab -> ../proc/self/mounts means the same from the new folder
+            target = os.readlink(path) if os.path.islink(path) else ".real/" + entry
+            os.symlink(target, os.path.join(new, entry))
+    os.makedirs(new + "/netns")
+    sandbox_step("mount", "--rbind", new, "/etc")
+
+
+def sandbox_environment(command):
+    """Make the sandbox's programs and settings; returns the command line to run."""
+    import shlex
+    import shutil
+    folder = SANDBOX_RUN + "/bin"
+    os.makedirs(folder)
+    os.makedirs("/run/vpcctl-data")
+    wrapper = "#!/bin/sh\nexec %s %s \"$@\"\n" % (shlex.quote(sys.executable or "python3"),
+                                                 shlex.quote(os.path.realpath(__file__)))
+    for name, text in (("vpcctl", wrapper), ("sudo", SANDBOX_SUDO)):
+        with open(os.path.join(folder, name), "w") as handle:
+            handle.write(text)
+        os.chmod(os.path.join(folder, name), 0o755)
+    os.environ.update({"VPCCTL_SANDBOX": "1", "VPCCTL_DATA": "/run/vpcctl-data",
+                       "PATH": folder + ":" + os.environ.get("PATH", os.defpath)})
+    if command:
+        return command
+    sys.stderr.write(SANDBOX_GREETING)
+    # the user's own prompt and history file are left alone
+    os.environ.update({"PS1": "(sandbox) # ", "HISTFILE": SANDBOX_RUN + "/history"})
+    bash = shutil.which("bash")
+    return [bash, "--norc", "--noprofile"] if bash else [os.environ.get("SHELL") or "/bin/sh"]
+
+
+def sandbox_internet(mask):
+    """Start the internet: a process in a nameless network namespace at the other end of eth0."""
+    import signal
+    here, there = os.pipe(), os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
+                signal.signal(number, signal.SIG_IGN)       # Ctrl-C is meant for the command
+            new_network_namespace()
+            os.write(here[1], b"+")
+            if os.read(there[0], 1):
+                serve_internet(here[1])
+        except (Problem, OSError) as error:
+            os.write(2, ("Error: %s\n" % error).encode())
+        finally:
+            os._exit(1)
+    os.close(here[1])
+    if os.read(here[0], 1):
+        sandbox_step("ip", "-batch", "-", input=(
+            "link set lo up\nlink add eth0 type veth peer name eth0 netns %d\n" % pid
+            + sandbox_uplink("192.0.2.2/24") + "route add default via 192.0.2.1\n"))
+        os.write(there[1], b"+")
+    for end in (there[0], there[1]):
+        os.close(end)
+    if not os.read(here[0], 1):
+        raise Problem("the sandbox's internet did not start", hint="its reason stands above", code=4)
+    os.close(here[0])
+    with open(SANDBOX_RUN + "/internet.pid", "w") as handle:
+        handle.write("%d\n" % pid)
+
+
+def sandbox_uplink(address):
+    """Return the `ip` lines that give eth0 its address; no IPv6 one appears by itself some seconds later."""
+    quiet = "link set dev eth0 addrgenmode none\n" if os.path.exists("/proc/sys/net/ipv6/conf/lo") else ""
+    return quiet + "address add %s dev eth0\nlink set dev eth0 up\n" % address
+
+
+def new_network_namespace():
+    """Move this process into a network namespace of its own; Python itself can from 3.12 on."""
+    if hasattr(os, "unshare"):
+        return os.unshare(os.CLONE_NEWNET)
+    import ctypes
+    if ctypes.CDLL(None, use_errno=True).unshare(0x40000000):
+        raise OSError(ctypes.get_errno(), "unshare: " + os.strerror(ctypes.get_errno()))
+
+
+def serve_internet(ready):
+    """Be 203.0.113.1: answer ping (the kernel does) and HTTP, with a page that names the client.
+
+    Never returns. It has no route but to 192.0.2.0/24: a packet that was not masqueraded gets no answer.
+    """
+    import socket
+    import threading
+    sandbox_step("ip", "-batch", "-", input=(
+        "link set lo up\naddress add 203.0.113.1/32 dev lo\n" + sandbox_uplink("192.0.2.1/24")))
+    server = socket.socket()
+    server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    server.bind(("0.0.0.0", 80))
+    server.listen(64)
+    os.write(ready, b"+")
+    os.close(ready)
+
+    def answer(client, address):
+        body = ("<html><head><title>The internet</title></head>\n<body>\n"
+                "<p>Hello from 203.0.113.1, the internet of this sandbox.</p>\n"
+                "<p>You came from %s</p>\n</body></html>\n" % address).encode()
+        try:
+            client.settimeout(5)
+            client.recv(65536)
+            client.sendall(b"HTTP/1.0 200 OK\r\nContent-Type: text/html\r\nConnection: close\r\n"
+                           b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        except OSError:
+            pass
+        client.close()
+    while True:
+        client, address = server.accept()
+        threading.Thread(target=answer, args=(client, address[0]), daemon=True).start()
+
+
+# ------------------------------------------------------------------------------------------------ the parser
+
+@command("flag-check", "flag-check")
+def flag_check(ctl, _args):
+    """check the parser itself: every command has an example that parses, a handler, and help for every option"""
+    faults = parser_faults()
+    for fault in faults:
+        ctl.say("FAULT: " + fault)
+    if not faults:
+        ctl.say("Parser check OK")
+    return 1 if faults else 0
+
+
+def parser_faults():
+    """What is wrong with the command table -> list of texts."""
+    faults = []
+    parser = build_parser()
+    handlers = set()
+    for name, entry in COMMANDS.items():
+        if entry["handler"] in handlers:
+            faults.append("two commands share the handler of %s" % name)
+        handlers.add(entry["handler"])
+        if not callable(entry["handler"]) or not (entry["handler"].__doc__ or "").strip():
+            faults.append("%s has no handler with help" % name)
+        for flags, options in entry["arguments"]:
+            if not options.get("help"):
+                faults.append("%s: %s has no help" % (name, flags[0]))
+        before = len(faults)
+        if entry["example"][:1] != [name]:
+            faults.append("the example of %s is of another command" % name)
+            continue
+        for words in (entry["example"], ["--dry-run"] + entry["example"], [name, "--quiet"] + entry["example"][1:]):
+            try:
+                parsed = parse(words, parser)
+            except Problem as problem:
+                faults.append("%s: %s" % (shown(words), problem))
+                continue
+            if COMMANDS.get(parsed.command, {}).get("handler") is not entry["handler"] and len(faults) == before:
+                faults.append("%s leads to another command" % name)
+    return faults
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with errors in our words: what is wrong, what was probably meant, exit code 2."""
+
+    def error(self, message):
+        hint = "`%s --help` shows how" % self.prog
+        wrong = re.search(r"invalid choice: '([^']*)'", message)
+        if wrong and "argument command" in message:
+            message = "there is no command '%s'" % wrong.group(1)
+            hint = nearest(wrong.group(1), COMMANDS) or "`vpcctl --help` lists the commands"
+        raise Problem(message, hint)
+
+
+GLOBAL_OPTIONS = (
+    arg("--dry-run", action="store_true", help="show the commands; run nothing, change nothing, no root"),
+    arg("--why", action="store_true", help="end each command shown in a reason"),
+    arg("--quiet", action="store_true", help="do not show the commands"),
+    arg("--data-dir", metavar="FOLDER", help="where the records are (default: .vpcctl_data beside vpcctl.py)"),
+)
+
+
+def add_arguments(parser, arguments, **more):
+    """Give a parser arguments of the command table."""
+    for flags, options in arguments:
+        options = {key: value for key, value in options.items() if key != "complete"}
+        parser.add_argument(*flags, **dict(options, **more))
+
+
+def build_parser(only=None):
+    """The whole command line; `only`: of one command, when its name is known already (the others are just names)."""
+    parser = Parser(prog="vpcctl", description="A cloud network (VPC) on this machine: subnets are network namespaces, "
+                    "a VPC is a bridge, the host is the router between them.", formatter_class=argparse.RawTextHelpFormatter,
+                    epilog="Start with:  vpcctl sandbox      a throw-away machine to try things in\n"
+                           "             vpcctl create blog --cidr 10.20.0.0/16\n"
+                           "Exit codes:  0 done or yes, 1 no, 2 refused input, 3 failed and taken back, 4 something is missing")
+    parser.add_argument("--version", action="version", version="vpcctl " + VERSION)
+    add_arguments(parser, GLOBAL_OPTIONS)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
+    for name, entry in COMMANDS.items():
+        text = (entry["handler"].__doc__ or "").strip()
+        if only and name != only:
+            continue
+        listed = {} if entry["hidden"] else {"help": text}
+        own = commands.add_parser(name, description=text[:1].upper() + text[1:] + ".",
+                                  epilog="Example:  vpcctl " + shown(entry["example"]), **listed)
+        own.add_argument("--version", action="version", version="vpcctl " + VERSION)
+        # The same options again, so that they may stand before or after the command's name.
+        add_arguments(own, GLOBAL_OPTIONS, default=argparse.SUPPRESS)
+        add_arguments(own, entry["arguments"])
+    return parser
+
+
+def parse(words, parser=None):
+    """The command line -> options. Only the parser of the command that is called is built. What stands behind `--`
+    is a program's own command line, never read as options."""
+    words, program = (words[:words.index("--")], words[words.index("--") + 1:]) if "--" in words else (words, None)
+    named = next((word for word in words if word in COMMANDS), None)
+    options = (parser or build_parser(only=named)).parse_args(words)
+    if not options.command:
+        build_parser().print_help()
+        raise SystemExit(2)
+    if program is not None:
+        if not hasattr(options, "program") or options.program:
+            raise Problem("`--` and a command cannot stand there", "`vpcctl %s --help` shows how" % options.command)
+        options.program = program
+    return options
+
+
+# ------------------------------------------------------------------------------------------------ main
+
+def main(words=None):
+    """Run one command line -> exit code."""
+    words = sys.argv[1:] if words is None else words
+    ctl = None
+    try:
+        options = parse(words)
+        entry = COMMANDS[options.command]
+        ctl = Control(options)
+        return dispatch(ctl, entry, options) or 0
+    except Problem as problem:
+        return complain(problem)
+    except Failure as failure:
+        return complain(Problem("`%s` failed: %s" % (shown(failure.argv), failure.said.strip()), "", 3))
+    except Interrupted as stop:
+        say_error("stopped by signal %d; nothing is left half done" % stop.args[0])
+        return 128 + stop.args[0]
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        return 141
+    finally:
+        hush()
+
+
+def dispatch(ctl, entry, options):
+    """Run a command's handler, with lock, healing and log if it changes something."""
+    if not entry["changes"] or ctl.dry_run:
+        if entry["root"] and not ctl.dry_run:
+            need_root()
+        return entry["handler"](ctl, options)
+    need_root()
+    need_tools()
+    ctl.begin()
+    outcome = "failed"
+    try:
+        if options.command not in ("delete", "cleanup-all", "restore"):
+            heal_first(ctl, [getattr(options, field) for field in ("vpc", "vpc1", "vpc2") if getattr(options, field, None)])
+        code = entry["handler"](ctl, options)
+        outcome = "done"
+        ctl.run.heed()
+        return code
+    except Problem as problem:
+        outcome = "refused: %s" % problem if problem.code == 2 else "failed: %s" % problem
+        raise
+    except Interrupted as stop:
+        outcome += ", signal %d" % stop.args[0]
+        raise
+    finally:
+        ctl.store.log(" ".join(shown((word,)) for word in sys.argv[1:]).replace("\n", " ")[:500],
+                      outcome.replace("\n", " ")[:500])
+
+
+def need_root():
+    """Problem 4 without root."""
+    if os.geteuid():
+        raise Problem("this needs root: it changes the machine's network",
+                      "sudo vpcctl …, or try it in `vpcctl sandbox`, which needs no root", 4)
+
+
+def need_tools():
+    """Problem 4 if a system tool is missing."""
+    import shutil
+    os.environ["PATH"] = os.environ.get("PATH", "/usr/bin:/bin") + ":/usr/sbin:/sbin"
+    for tool in ("ip", "bridge", "iptables", "iptables-restore"):
+        if not shutil.which(tool):
+            raise missing_tool(tool)
+
+
+def complain(problem):
+    """Print a Problem on stderr -> its exit code."""
+    say_error("vpcctl: %s%s" % (problem, "\n  " + problem.hint if problem.hint else ""))
+    return problem.code
+
+
+def hush():
+    """Flush the output; a reader who has gone away is no error of ours."""
+    try:
+        sys.stdout.flush()
+    except (BrokenPipeError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
