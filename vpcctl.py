@@ -234,6 +234,7 @@ class Failure(Exception):
     """A command failed: the command as one would type it, and what it said."""
 
     def __init__(self, argv, said):
+        said = "; ".join(line.strip() for line in said.splitlines() if line.strip())
         super().__init__(said)
         self.argv, self.said = argv, said
 
@@ -462,12 +463,14 @@ class Executor:
         self.dry_run, self.quiet, self.why = dry_run, quiet, why
         self.out = out or sys.stdout
         self.stopped_by = 0                       # the signal that asked us to stop
+        self.changing = False                     # a change has begun: it must end, one way or the other
         self.lost = []                            # what optional steps could not do on this kernel
         self.commands = 0
 
     def watch_signals(self):
         """From here on a signal is noted and obeyed between two commands."""
         import signal
+        self.changing = True
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, self._note_signal)
@@ -486,10 +489,12 @@ class Executor:
             self.say(">>> %s%s" % (shown(argv), "   # " + why if self.why and why else ""))
 
     def say(self, text):
-        """Print a line; a reader who has gone away never stops a change midway."""
+        """Print a line; a reader who has gone away, or a full disk, never stops a change midway."""
         try:
             self.out.write(text + "\n")
-        except BrokenPipeError:
+        except OSError:
+            if not self.changing:
+                raise
             self.out = open(os.devnull, "w")
             os.dup2(self.out.fileno(), sys.stdout.fileno())
 
@@ -624,7 +629,7 @@ class Executor:
     def _flush(self):
         try:
             self.out.flush()
-        except BrokenPipeError:
+        except OSError:
             self.say("")
 
 
@@ -1180,7 +1185,7 @@ def resources(world):
             key = subnet["name"]
             wire = {field: subnet[field] for field in ("cidr", "ns", "gw", "host_ip", "veth", "mac")}
             found["subnet", name, key] = (base, wire), (plan_subnet, (vpc, subnet))
-            found["policy", name, key] = ((subnet["ns"], subnet["policy"], policy_names(subnet, vpc)),
+            found["policy", name, key] = ((base, wire, subnet["policy"], policy_names(subnet, vpc)),
                                           (plan_policy, (vpc, subnet)))
         if vpc.get("nat"):
             found["nat", name] = (base, vpc["nat"], nat_sources(vpc)), (plan_nat, (vpc,))
@@ -1221,20 +1226,30 @@ def plan(world, names=None):
     return steps
 
 
+# What can be changed where it is; anything else that differs is taken back and made anew.
+IN_PLACE = ("policy", "forwarding", "nat", "names")
+
+
 def difference(old, new):
     """What leads from one world to another -> (steps to take back, pairs (old step or None, new step) to make)."""
     before, after = resources(old), resources(new)
-    gone, come = {}, {}
+    gone, come, anew = {}, {}, set()
     for key in before:
         if key not in after or before[key][0] != after[key][0]:
-            gone.update((step.fact, step) for step in before[key][1][0](*before[key][1][1]))
+            steps = [(step.fact, step) for step in before[key][1][0](*before[key][1][1])]
+            gone.update(steps)
+            if key in after and key[0] not in IN_PLACE:
+                anew.update(fact for fact, _ in steps)
     for key in after:
         if key not in before or before[key][0] != after[key][0]:
             come.update((step.fact, step) for step in after[key][1][0](*after[key][1][1]))
-    by_key = {step.key: step for step in gone.values() if step.key != step.fact}
-    makes = [(by_key.get(step.key), step) for fact, step in come.items() if fact not in gone]
-    swapped = {step.key for old_step, step in makes if old_step}
-    removes = [step for fact, step in gone.items() if fact not in come and step.key not in swapped]
+    # Rules that are replaced in place; not those of a namespace that is made anew.
+    by_key = {step.key: step for step in gone.values() if step.key != step.fact and step.holder not in anew}
+    makes = [(by_key.get(step.key), step) for fact, step in come.items()
+             if fact not in gone or fact in anew or step.holder in anew]
+    swapped = {old_step.key for old_step, step in makes if old_step}
+    removes = [step for fact, step in gone.items()
+               if (fact not in come or fact in anew or step.holder in anew) and step.key not in swapped]
     return removes, makes
 
 
@@ -2028,8 +2043,8 @@ def create(ctl, args):
     ctl.report("Created VPC: %s (%s, bridge: %s)" % (args.vpc, args.cidr, new[args.vpc]["bridge"]))
 
 
-def new_vpc(ctl, name, cidr, world):
-    """Check a new VPC against everything -> its record."""
+def new_vpc(ctl, name, cidr, world, used=None):
+    """Check a new VPC against everything -> its record. `used`: kernel names in use, if the caller has them."""
     block = as_network(cidr)
     if not 8 <= block.prefixlen <= 29:
         raise Problem("%s: a VPC's range is from /8 to /29" % cidr, "10.20.0.0/16 is a good size")
@@ -2042,10 +2057,11 @@ def new_vpc(ctl, name, cidr, world):
             raise Problem("%s overlaps VPC %s (%s)" % (cidr, other["name"], other["cidr"]),
                           "take a range that no other VPC has")
     table, chains = free_on_host(ctl, block, world)
-    used = record_names(world) | chains
-    interfaces = set() if ctl.dry_run else set(host_interfaces())
-    bridge = short_name("br-", name, "", 15, lambda found: found in used or found in interfaces)
-    names = [short_name(prefix, name, "", 28, used.__contains__) for prefix in ("vpc-", "vpc-in-", "vpc-src-")]
+    used = record_names(world) | kernel_names(ctl) if used is None else used
+    bridge = short_name("br-", name, "", 15, used.__contains__)
+    names = [short_name(prefix, name, "", 28, lambda found: found in used or found in chains)
+             for prefix in ("vpc-", "vpc-in-", "vpc-src-")]
+    used.update([bridge] + names)
     return {"format": 1, "name": name, "cidr": cidr, "bridge": bridge, "chain": names[0], "chain_in": names[1],
             "chain_src": names[2], "table": table, "mac": hardware_address(first_address(cidr)),
             "iptables": "nft" if ctl.dry_run else iptables_kind(), "subnets": [], "host_iptables": [], "apps": [],
@@ -2073,6 +2089,14 @@ def free_on_host(ctl, block, world):
     while table in tables:
         table += 1
     return table, chains
+
+
+def kernel_names(ctl):
+    """Names that are taken in the kernel: interfaces and namespaces. A dry run looks at nothing."""
+    if ctl.dry_run:
+        return set()
+    spaces = os.listdir(NETNS_DIR) if os.path.isdir(NETNS_DIR) else []
+    return set(host_interfaces()) | set(spaces)
 
 
 @command("delete", "delete blog", VPC,
@@ -2313,7 +2337,8 @@ def add_subnet(ctl, args):
 
 
 def new_subnet(ctl, vpc, name, cidr, gateway, world, used=None):
-    """Check a new subnet against its VPC -> its record. `used`: kernel names in use, if the caller has them."""
+    """Check a new subnet against its VPC -> its record. `used`: kernel names in use, if the caller has them (and has
+    seen to it that no two subnets overlap)."""
     import ipaddress
     block = as_network(cidr or first_free_block(vpc))
     if not inside(block, as_network(vpc["cidr"])):
@@ -2321,7 +2346,7 @@ def new_subnet(ctl, vpc, name, cidr, gateway, world, used=None):
                       "a subnet's range is a part of its VPC's, for example %s" % first_free_block(vpc))
     if block.prefixlen > 30:
         raise Problem("%s is too small for a subnet" % block, "the smallest is a /30: a gateway and one address")
-    for other in vpc["subnets"]:
+    for other in vpc["subnets"] if used is None else ():
         if block.overlaps(as_network(other["cidr"])):
             raise Problem("%s overlaps subnet %s (%s)" % (block, other["name"], other["cidr"]),
                           "a free block: %s" % first_free_block(vpc))
@@ -2333,12 +2358,10 @@ def new_subnet(ctl, vpc, name, cidr, gateway, world, used=None):
                     and ip != block.broadcast_address), None)
     if address is None:
         raise Problem("%s has no address left for the subnet itself" % block, "take a larger block")
-    used = record_names(world) if used is None else used
-    interfaces = set() if ctl.dry_run else set(host_interfaces())
-    exists = lambda found: not ctl.dry_run and os.path.exists(os.path.join(NETNS_DIR, found))
+    used = record_names(world) | kernel_names(ctl) if used is None else used
     veth = short_name("v-", "%s-%s" % (vpc["name"], name), "-b", 15,
-                      lambda found: found in used or found in interfaces or found[:-1] + "a" in used)
-    space = short_name("ns-", "%s-%s" % (vpc["name"], name), "", 80, lambda found: found in used or exists(found))
+                      lambda found: found in used or found[:-1] + "a" in used)
+    space = short_name("ns-", "%s-%s" % (vpc["name"], name), "", 80, used.__contains__)
     used.update((space, veth + "-a", veth + "-b"))
     return {"name": name, "cidr": str(block), "ns": space, "gw": str(gate), "host_ip": str(address), "veth": veth,
             "mac": hardware_address(str(address)), "policy": json.loads(json.dumps(DEFAULT_POLICY))}
@@ -2501,23 +2524,29 @@ def publish(ctl, args):
     new = ctl.copy()
     vpc = ctl.vpc(args.vpc, new)
     ctl.subnet(vpc, args.subnet)
-    uplink = args.interface or default_interface()
+    if add_published(ctl, new, vpc, args.subnet, args.interface, args.protocol, *args.port):
+        return already(ctl, [args.vpc], "port %d is published already" % args.port[0])
+    settle_forward(vpc, new_forward(new, vpc["published"][-1]["interface"]))
+    ctl.change(new)
+    ctl.report("Published %s port %d of %s as port %d" % (args.protocol, args.port[1], args.subnet, args.port[0]))
+
+
+def add_published(ctl, world, vpc, subnet_name, interface, protocol, host_port, port):
+    """Check a published port and write it into the record -> whether it was there already."""
+    uplink = interface or default_interface()
     if not uplink:
         raise Problem("this host has no default route", "name the way in with --interface")
     check_uplink(ctl, uplink)
-    wanted = {"subnet": args.subnet, "host_port": args.port[0], "port": args.port[1], "protocol": args.protocol,
-              "interface": uplink}
-    for name, other in new.items():
+    wanted = {"subnet": subnet_name, "host_port": host_port, "port": port, "protocol": protocol, "interface": uplink}
+    for name, other in world.items():
         for known in other["published"]:
-            if (known["protocol"], known["host_port"]) == (args.protocol, args.port[0]):
-                if name == args.vpc and known == wanted:
-                    return already(ctl, [args.vpc], "port %d is published already" % args.port[0])
+            if (known["protocol"], known["host_port"]) == (protocol, host_port):
+                if name == vpc["name"] and known == wanted:
+                    return True
                 raise Problem("%s port %d is published already: for %s %s, port %d" % (
-                    args.protocol, args.port[0], name, known["subnet"], known["port"]), "take another host port")
+                    protocol, host_port, name, known["subnet"], known["port"]), "take another host port")
     vpc["published"].append(wanted)
-    settle_forward(vpc, new_forward(new, uplink))
-    ctl.change(new)
-    ctl.report("Published %s port %d of %s as port %d" % (args.protocol, args.port[1], args.subnet, args.port[0]))
+    return False
 
 
 @command("unpublish", "unpublish blog web --port 8080", VPC, SUBNET,
@@ -2574,7 +2603,7 @@ def add_peering(ctl, world, a, b, allowed):
         if not blocks:
             raise Problem("no block of VPC %s is named, so nothing could talk" % vpc["name"],
                           "add one, for example %s" % (vpc["subnets"][0]["cidr"] if vpc["subnets"] else vpc["cidr"]))
-    used = record_names(world) | (set() if ctl.dry_run else set(host_interfaces()))
+    used = record_names(world) | kernel_names(ctl)
     pair = "%s-%s" % (a["name"], b["name"])
     base = short_name("pv-", pair, "-a", 15, lambda found: found in used or found[:-1] + "b" in used)
     chain = short_name("vpc-peer-", pair, "", 28, used.__contains__)
@@ -2755,7 +2784,7 @@ def deploy_app(ctl, args):
                               "`vpcctl stop-app %s %s --port %d` first" % (args.vpc, args.subnet, args.port))
             return already(ctl, [args.vpc], "the app in subnet %s on port %d is there already" % (args.subnet, args.port))
     vpc["apps"].append(wanted)
-    ctl.change(new, after=lambda world: start_app(ctl, args.vpc, wanted))
+    ctl.change(new, after=lambda _: start_apps(ctl, [(args.vpc, wanted)]))
     ctl.report("Deployed app in subnet %s (%s) on port %d, PID=%d" % (
         args.subnet, subnet["ns"], args.port, wanted["pid"]))
 
@@ -2800,13 +2829,45 @@ def app_python():
     return "python3"
 
 
-def start_app(ctl, vpc_name, app):
-    """Start a program and wait until it listens. Problem 3, with the last lines of its log, if it does not."""
-    import subprocess
+def start_apps(ctl, apps):
+    """Start programs, side by side, and wait until all listen; apps: [(VPC name, app record)].
+
+    Problem 3, with the last lines of its log, if one does not; all of them are ended then.
+    """
     import time
-    ctl.run.echo(tuple(app["cmd"]) + ("&",), "a program in the subnet")
-    if ctl.dry_run:
-        return
+    children = []
+    try:
+        for vpc_name, app in apps:
+            ctl.run.echo(tuple(app["cmd"]) + ("&",), "a program in the subnet")
+            if not ctl.dry_run:
+                children.append((app, spawn_app(ctl, vpc_name, app)))
+        deadline = time.monotonic() + APP_WAIT
+        for app, child in children:
+            while not (child.poll() is None and app["port"] in listening(str(child.pid))):
+                ctl.run.heed()
+                if child.poll() is not None or time.monotonic() > deadline:
+                    raise silent_app(ctl, app)
+                time.sleep(0.01)
+            app["pid"], app["start"] = child.pid, process_start(child.pid)
+            child.returncode = 0                  # it outlives us on purpose: no warning that it was not waited for
+    except (Problem, Interrupted):
+        for app, child in children:
+            child.returncode = None
+            stop_process(child.pid, child)
+            app["pid"] = 0
+        raise
+
+
+def silent_app(ctl, app):
+    """The Problem for a program that does not listen."""
+    path = os.path.join(ctl.store.folder, app["log"])
+    return Problem("the app in subnet %s does not listen on port %d: %s" % (
+        app["subnet"], app["port"], last_lines(path) or "it said nothing"), "is the command right?", 3)
+
+
+def spawn_app(ctl, vpc_name, app):
+    """Start a program in its namespace -> the child process."""
+    import subprocess
     if app["port"] in in_namespace(app["ns"], listening):
         raise Problem("port %d is in use already in %s" % (app["port"], app["ns"]),
                       "take another --port; `vpcctl exec %s %s -- ss -lnp` shows who" % (vpc_name, app["subnet"]), 3)
@@ -2816,19 +2877,9 @@ def start_app(ctl, vpc_name, app):
     environment = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/", "LANG": "C.UTF-8",
                    "PYTHONUNBUFFERED": "1", "VPCCTL_APP": app_tag(vpc_name, app)}
     try:
-        child = popen(app["cmd"], stdout=log, stderr=subprocess.STDOUT, cwd=folder, env=environment)
+        return popen(app["cmd"], stdout=log, stderr=subprocess.STDOUT, cwd=folder, env=environment)
     finally:
         os.close(log)
-    deadline = time.monotonic() + APP_WAIT
-    while not (child.poll() is None and owns_port(child.pid, app["port"])):
-        if child.poll() is not None or time.monotonic() > deadline or ctl.run.stopped_by:
-            stop_process(child.pid, child)
-            ctl.run.heed()
-            raise Problem("the app in subnet %s does not listen on port %d: %s" % (
-                app["subnet"], app["port"], last_lines(path) or "it said nothing"), "its log: %s" % path, 3)
-        time.sleep(0.01)
-    app["pid"], app["start"] = child.pid, process_start(child.pid)
-    child.returncode = 0                          # it outlives us on purpose: no warning that it was not waited for
 
 
 def prepare_page(vpc_name, app):
@@ -2877,11 +2928,6 @@ def listening(table="self"):
         except OSError:
             continue                              # this kernel has no IPv6
     return ports
-
-
-def owns_port(pid, port):
-    """Whether somebody listens on a port in the namespace of a process."""
-    return port in listening(str(pid))
 
 
 def process_start(pid):
@@ -2986,19 +3032,17 @@ def process_name(pid):
 
 def revive_apps(ctl, vpcs):
     """Start the apps of these VPCs that are gone -> how many."""
-    started = 0
-    for vpc in vpcs:
-        for app in vpc["apps"]:
-            if is_alive(app):
-                continue
-            found = [pid for pid in processes_in([app["ns"]]) if tagged(pid, app_tag(vpc["name"], app))]
-            if found:                             # a kill came between its start and the record
-                app["pid"], app["start"] = min(found), process_start(min(found))
-            else:
-                app["cmd"] = list(app_command(app["ns"], app["port"], app.get("command") or ()))
-                start_app(ctl, vpc["name"], app)
-            started += 1
-    return started
+    gone = [(vpc["name"], app) for vpc in vpcs for app in vpc["apps"] if not is_alive(app)]
+    missing = []
+    for vpc_name, app in gone:
+        found = [pid for pid in processes_in([app["ns"]]) if tagged(pid, app_tag(vpc_name, app))]
+        if found:                                 # a kill came between its start and the record
+            app["pid"], app["start"] = min(found), process_start(min(found))
+        else:
+            app["cmd"] = list(app_command(app["ns"], app["port"], app.get("command") or ()))
+            missing.append((vpc_name, app))
+    start_apps(ctl, missing)
+    return len(gone)
 
 
 def tagged(pid, tag):
@@ -3098,6 +3142,352 @@ def enter_and_run(ctl, subnet, program):
         return ctl.run.echo(tuple(argv))
     sys.stdout.flush()
     os.execvp("ip", argv)
+
+
+# ------------------------------------------------------------------------------------------------ topologies
+
+TOPOLOGY = arg("file", metavar="FILE", help="the topology, as JSON; - reads standard input", complete="file")
+PRUNE = arg("--prune", action="store_true", help="also delete VPCs that the file does not name")
+
+
+@command("apply", "apply topology.json", TOPOLOGY, PRUNE, changes=True)
+def apply(ctl, args):
+    """make the host match a topology file: create, change and remove what differs"""
+    topology = check_topology(read_json(args.file, "topology file"), args.file)
+    names = [vpc["name"] for vpc in topology["vpcs"]]
+    if not ctl.dry_run:
+        heal_first(ctl, names)
+    new = desired_world(ctl, topology, args.prune)
+    lines = plan_lines(ctl.world, new)
+    if not lines:
+        return already(ctl, names, "The host matches %s already" % args.file)
+    change_world(ctl, new)
+    for line in lines:
+        ctl.report(line)
+    ctl.report("Applied %s: %d changes" % (args.file, len(lines)))
+
+
+@command("plan", "plan topology.json", TOPOLOGY, PRUNE)
+def plan_command(ctl, args):
+    """show what apply would change: exit code 0 nothing, 1 something"""
+    topology = check_topology(read_json(args.file, "topology file"), args.file)
+    ctl.dry_run = True                            # read the records only; ask nobody
+    lines = plan_lines(ctl.world, desired_world(ctl, topology, args.prune))
+    for line in lines:
+        ctl.say(paint(line, {"+": 32, "-": 31}.get(line[0], 33)))
+    if not lines:
+        ctl.say("Nothing to do")
+    return 1 if lines else 0
+
+
+@command("export", "export blog",
+         arg("vpcs", nargs="*", type=name_type, metavar="VPC", help="which ones (default: all)", complete="vpc"))
+def export(ctl, args):
+    """print VPCs as a topology file for apply"""
+    names = args.vpcs or sorted(ctl.world)
+    vpcs = [export_vpc(ctl.vpc(name)) for name in names]
+    peers = [{"vpcs": [name, peer["peer_vpc"]], "allow": peer["allowed"]} for name in names
+             for peer in ctl.world[name]["peers"] if peer["side"] == "a" and peer["peer_vpc"] in names]
+    ctl.say(json.dumps({"vpcs": vpcs, "peers": peers}, indent=2))
+
+
+def export_vpc(vpc):
+    """One VPC as in a topology file; what is as by default is left out."""
+    subnets = []
+    for subnet in vpc["subnets"]:
+        entry = {"name": subnet["name"], "cidr": subnet["cidr"]}
+        if subnet["gw"] != first_address(subnet["cidr"]):
+            entry["gw"] = subnet["gw"]
+        if subnet["policy"] != DEFAULT_POLICY:
+            entry["policy"] = subnet["policy"]
+        for key, value in (("apps", [app_entry(app) for app in vpc["apps"] if app["subnet"] == subnet["name"]]),
+                           ("publish", [{key: published[key] for key in ("host_port", "port", "protocol", "interface")}
+                                        for published in vpc["published"] if published["subnet"] == subnet["name"]])):
+            if value:
+                entry[key] = value
+        subnets.append(entry)
+    entry = {"name": vpc["name"], "cidr": vpc["cidr"], "subnets": subnets}
+    if vpc.get("nat"):
+        entry["nat"] = {"interface": vpc["nat"]["interface"]}
+        if vpc["nat"].get("subnets") is not None:
+            entry["nat"]["subnets"] = vpc["nat"]["subnets"]
+    return entry
+
+
+def app_entry(app):
+    """An app as in a topology file."""
+    return dict({"port": app["port"]}, **({"cmd": app["command"]} if app.get("command") else {}))
+
+
+# What a topology may hold: a check for each key; "!" marks those that must be there.
+def _typed(kind):
+    def check(value, place):
+        if not isinstance(value, str):
+            raise Problem("%s is %s" % (place, json.dumps(value)), "a text in quotes is meant")
+        try:
+            return kind(value)
+        except argparse.ArgumentTypeError as error:
+            raise Problem("%s: %s" % (place, error)) from None
+    return check
+
+
+def _port(value, place):
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 65535:
+        raise Problem("%s is %s" % (place, json.dumps(value)), "a number from 1 to 65535")
+    return value
+
+
+def _words(value, place):
+    if not isinstance(value, list) or not value or not all(isinstance(word, str) and "\0" not in word for word in value):
+        raise Problem("%s is %s" % (place, json.dumps(value)), 'write it like ["python3", "server.py"]')
+    return value
+
+
+def _choice(value, place):
+    if value not in ("tcp", "udp"):
+        raise Problem("%s is %s" % (place, json.dumps(value)), "tcp or udp")
+    return value
+
+
+TOPOLOGY_SHAPE = {
+    "vpcs!": [{"name!": _typed(name_type), "cidr!": _typed(network_type),
+               "subnets": [{"name!": _typed(name_type), "cidr!": _typed(network_type), "gw": _typed(address_type),
+                            "policy": lambda value, place: check_policy(value, place),
+                            "apps": [{"port!": _port, "cmd": _words}],
+                            "publish": [{"host_port!": _port, "port": _port, "protocol": _choice,
+                                         "interface": _typed(interface_type)}]}],
+               "nat": {"interface": _typed(interface_type), "subnets": [_typed(name_type)]}}],
+    "peers": [{"vpcs!": [_typed(name_type)], "allow!": [_typed(network_type)]}],
+}
+
+
+def check_part(value, shape, place):
+    """Check a part of a topology strictly; a Problem names the place. Returns the part."""
+    if callable(shape):
+        return shape(value, place)
+    if isinstance(shape, list):
+        if not isinstance(value, list):
+            raise Problem("%s is not a list" % place)
+        return [check_part(item, shape[0], "%s[%d]" % (place, number)) for number, item in enumerate(value)]
+    if not isinstance(value, dict):
+        raise Problem("%s is not an object" % place)
+    known = {key.rstrip("!"): key for key in shape}
+    for key in value:
+        if key not in known:
+            raise Problem("%s: unknown key '%s'" % (place, key), nearest(key, known) or "known: " + ", ".join(known))
+    for key, spelled in known.items():
+        if spelled.endswith("!") and key not in value:
+            raise Problem("%s: '%s' is missing" % (place, key))
+    return {key: check_part(value[key], shape[known[key]], "%s.%s" % (place, key)) for key in value}
+
+
+def check_topology(value, path):
+    """Check a topology file -> the topology. A Problem names file and place; a name given twice is refused."""
+    topology = check_part(value, TOPOLOGY_SHAPE, path)
+    topology.setdefault("peers", [])
+    unique([vpc["name"] for vpc in topology["vpcs"]], "%s: VPC" % path)
+    for number, vpc in enumerate(topology["vpcs"]):
+        place = "%s.vpcs[%d]" % (path, number)
+        unique([subnet["name"] for subnet in vpc.get("subnets", ())], "%s: subnet" % place)
+        for subnet in vpc.get("subnets", ()):
+            unique([app["port"] for app in subnet.get("apps", ())], "%s, subnet %s: app on port" % (place, subnet["name"]))
+        known = [subnet["name"] for subnet in vpc.get("subnets", ())]
+        for name in (vpc.get("nat") or {}).get("subnets", ()):
+            if name not in known:
+                raise Problem("%s.nat.subnets: there is no subnet '%s'" % (place, name), nearest(name, known))
+    for number, entry in enumerate(topology["peers"]):
+        if len(entry["vpcs"]) != 2:
+            raise Problem("%s.peers[%d].vpcs: a peering has two VPCs" % (path, number))
+    unique([" and ".join(sorted(entry["vpcs"])) for entry in topology["peers"]], "%s: peering of" % path)
+    return topology
+
+
+def unique(names, what):
+    """Problem if a name is given twice."""
+    seen = set()
+    for name in names:
+        if name in seen:
+            raise Problem("%s %s is given twice" % (what, name))
+        seen.add(name)
+
+
+def desired_world(ctl, topology, prune=False):
+    """The records as a topology wants them: what fits is kept as it is, down to its kernel names."""
+    new = ctl.copy()
+    wanted = {vpc["name"]: vpc for vpc in topology["vpcs"]}
+    for name in list(new):
+        if (name in wanted and new[name]["cidr"] != wanted[name]["cidr"]) or (prune and name not in wanted):
+            del new[name]
+    for vpc in new.values():
+        vpc["peers"] = [peer for peer in vpc["peers"] if peer["peer_vpc"] in new]
+    used = record_names(new) | (kernel_names(ctl) - record_names(ctl.world))
+    for name, entry in wanted.items():
+        if name in ctl.damaged:
+            ctl.vpc(name)
+        if name not in new:
+            new[name] = new_vpc(ctl, name, entry["cidr"], new, used)
+        set_subnets(ctl, new[name], entry, new, used)
+    for name, entry in wanted.items():
+        set_outside(ctl, new, new[name], entry)
+    set_peers(ctl, new, topology, wanted)
+    return new
+
+
+def set_subnets(ctl, vpc, entry, world, used):
+    """Make a record's subnets, policies and apps those of a topology's VPC."""
+    have = {subnet["name"]: subnet for subnet in vpc["subnets"]}
+    wanted = entry.get("subnets", [])
+    vpc["subnets"], apps = [], {(app["subnet"], app["port"]): app for app in vpc["apps"]}
+    vpc["apps"] = []
+    no_overlap(vpc["name"], wanted)
+    for given in wanted:
+        subnet = have.get(given["name"])
+        gateway = given.get("gw") or first_address(given["cidr"])
+        if not subnet or (subnet["cidr"], subnet["gw"]) != (given["cidr"], gateway):
+            if subnet:
+                used.difference_update((subnet["ns"], subnet["veth"] + "-a", subnet["veth"] + "-b"))
+            subnet = new_subnet(ctl, vpc, given["name"], given["cidr"], given.get("gw"), world, used)
+        vpc["subnets"].append(subnet)
+        subnet["policy"] = given.get("policy") or json.loads(json.dumps(DEFAULT_POLICY))
+        for app in given.get("apps", ()):
+            known = apps.get((given["name"], app["port"]))
+            fits = known and known.get("command") == app.get("cmd") and known["ns"] == subnet["ns"]
+            vpc["apps"].append(known if fits else new_app(vpc, subnet, app["port"], app.get("cmd") or []))
+    for subnet in vpc["subnets"]:
+        policy_names(subnet, vpc)
+
+
+def no_overlap(vpc_name, subnets):
+    """Problem if two subnets of a topology overlap. Sorted, so that 500 take 500 looks and not 125,000."""
+    blocks = sorted((as_network(subnet["cidr"]), subnet["name"]) for subnet in subnets)
+    for (low, first), (high, second) in zip(blocks, blocks[1:]):
+        if low.overlaps(high):
+            raise Problem("VPC %s: subnets %s (%s) and %s (%s) overlap" % (vpc_name, first, low, second, high))
+
+
+def set_outside(ctl, world, vpc, entry):
+    """Make a record's NAT and published ports those of a topology's VPC."""
+    if "nat" in entry:
+        known = vpc.get("nat")
+        wanted = new_nat(ctl, vpc, entry["nat"].get("interface"), entry["nat"].get("subnets"))
+        same = known and (known["interface"], known.get("subnets")) == (wanted["interface"], wanted["subnets"])
+        vpc["nat"] = known if same else wanted
+    else:
+        vpc["nat"] = None
+    vpc["published"] = []
+    for subnet in entry.get("subnets", ()):
+        for given in subnet.get("publish", ()):
+            add_published(ctl, world, vpc, subnet["name"], given.get("interface"), given.get("protocol", "tcp"),
+                          given["host_port"], given.get("port", given["host_port"]))
+    settle_forward(vpc, new_forward(dict(ctl.world, **world), (vpc.get("nat") or vpc["published"][0])["interface"])
+                   if vpc.get("nat") or vpc["published"] else None)
+
+
+def set_peers(ctl, new, topology, wanted):
+    """Make the peerings those of a topology; those with VPCs that it does not name are left alone."""
+    pairs = {}
+    for entry in topology["peers"]:
+        a, b = (ctl.vpc(name, new) for name in entry["vpcs"])
+        pairs[frozenset(entry["vpcs"])] = a, b, entry["allow"]
+    for name in wanted:
+        for peer in list(new[name]["peers"]):
+            found = pairs.get(frozenset((name, peer["peer_vpc"])))
+            if (not found and peer["peer_vpc"] in wanted) or (found and sorted(found[2]) != sorted(peer["allowed"])):
+                remove_peering(new[name], new[peer["peer_vpc"]])
+    for a, b, allowed in pairs.values():
+        if not any(peer["peer_vpc"] == b["name"] for peer in a["peers"]):
+            add_peering(ctl, new, a, b, allowed)
+
+
+def change_world(ctl, new):
+    """Change to a world with apps that come and go, as one change."""
+    old_apps = {(name, app["ns"], app["port"]): app for name, vpc in ctl.world.items() for app in vpc["apps"]}
+    spaces = {subnet["ns"]: subnet for vpc in ctl.world.values() for subnet in vpc["subnets"]}
+    kept = {subnet["ns"]: subnet for vpc in new.values() for subnet in vpc["subnets"]}
+    wire = lambda subnet: subnet and {key: value for key, value in subnet.items() if key != "policy"}
+    gone = [space for space in spaces if wire(spaces[space]) != wire(kept.get(space))]
+    fresh, ended = [], []
+    for name, vpc in new.items():
+        for app in vpc["apps"]:
+            if app["ns"] in gone:
+                app["pid"] = 0
+            if not app["pid"]:
+                fresh.append((name, app))
+    staying = {(name, app["ns"], app["port"]) for name, vpc in new.items() for app in vpc["apps"] if app["pid"]}
+    ended = [app for key, app in old_apps.items() if key not in staying and app["ns"] not in gone]
+
+    def before():
+        for app in ended:
+            halt(ctl, app)
+        evict(ctl, gone)
+    ctl.change(new, before=before, after=lambda _: start_apps(ctl, fresh))
+
+
+def plan_lines(old, new):
+    """The differences between two worlds, a line each: + comes, - goes, ~ changes."""
+    lines = []
+    for name in sorted(set(old) | set(new)):
+        before, after = old.get(name), new.get(name)
+        if before and after and before["cidr"] != after["cidr"]:
+            lines.append("~ vpc %s: %s -> %s" % (name, before["cidr"], after["cidr"]))
+            before = None
+        elif not before or not after:
+            lines.append("%s vpc %s %s" % ("+" if after else "-", name, (after or before)["cidr"]))
+        if after:
+            lines += vpc_lines(before or {"subnets": [], "apps": [], "published": [], "peers": []}, after)
+    peers = [{(name, peer["peer_vpc"]): peer["allowed"] for name, vpc in world.items() for peer in vpc["peers"]
+              if peer["side"] == "a"} for world in (old, new)]
+    for pair in sorted(set(peers[0]) | set(peers[1])):
+        lines += change_line("peer %s %s" % pair, *[",".join(side[pair]) if pair in side else None for side in peers])
+    return lines
+
+
+def change_line(what, before, after):
+    """A line for something that came, went or changed; none if it is the same."""
+    if before == after:
+        return []
+    if before is None or after is None:
+        value = after if before is None else ""
+        return ["%s %s%s" % ("+" if before is None else "-", what, " " + value if value else "")]
+    return ["~ %s: %s -> %s" % (what, before, after)]
+
+
+def vpc_lines(before, after):
+    """The differences inside of one VPC."""
+    name, lines = after["name"], []
+    text = lambda subnet: subnet and subnet["cidr"] + (" gw " + subnet["gw"] if subnet["gw"] != first_address(
+        subnet["cidr"]) else "")
+    old, new = ({subnet["name"]: subnet for subnet in vpc["subnets"]} for vpc in (before, after))
+    for key in list(old) + [key for key in new if key not in old]:
+        lines += change_line("subnet %s/%s" % (name, key), text(old.get(key)), text(new.get(key)))
+        if key in new:
+            had = old[key]["policy"] if key in old else DEFAULT_POLICY
+            lines += policy_lines("policy %s/%s" % (name, key), had, new[key]["policy"])
+    nat = lambda vpc: vpc.get("nat") and "%s%s" % (vpc["nat"]["interface"], " for " + ",".join(
+        vpc["nat"]["subnets"]) if vpc["nat"].get("subnets") is not None else "")
+    lines += change_line("nat %s" % name, nat(before), nat(after))
+    for kind, key, value in (
+            ("apps", lambda app: (app["subnet"], app["port"]), lambda app: shown(app["command"]) if app.get("command") else "(page)"),
+            ("published", lambda port: (port["subnet"], port["host_port"], port["protocol"]),
+             lambda port: "%s/%d by %s" % (port["protocol"], port["port"], port["interface"]))):
+        had, have = ({key(item): value(item) for item in vpc[kind]} for vpc in (before, after))
+        for item in sorted(set(had) | set(have)):
+            lines += change_line("%s %s/%s %d" % ((kind.rstrip("s"), name) + item[:2]), had.get(item), have.get(item))
+    return lines
+
+
+def policy_lines(what, before, after):
+    """The differences between two policies, a line for each direction."""
+    lines = []
+    for direction in ("ingress", "egress"):
+        texts = []
+        for policy in (before, after):
+            rules = [re.sub("^allow ", "", rule_text(rule)) for rule in policy.get(direction) or ()]
+            default = (policy.get("default") or {}).get(direction)
+            texts.append(", ".join(rules + (["default " + default] if default else [])) or "nothing")
+        if texts[0] != texts[1]:
+            lines.append("~ %s: %s %s -> %s" % (what, direction, texts[0], texts[1]))
+    return lines
 
 
 # ------------------------------------------------------------------------------------------------ inspection
@@ -4045,12 +4435,9 @@ class Parser(argparse.ArgumentParser):
     """argparse, with errors in our words: what is wrong, what was probably meant, exit code 2."""
 
     def error(self, message):
-        hint = "`%s --help` shows how" % self.prog
-        wrong = re.search(r"invalid choice: '([^']*)'", message)
-        if wrong and "argument command" in message:
-            message = "there is no command '%s'" % wrong.group(1)
-            hint = nearest(wrong.group(1), COMMANDS) or "`vpcctl --help` lists the commands"
-        raise Problem(message, hint)
+        odd = re.match(r"unrecognized arguments: (--[\w-]+)", message)
+        raise Problem(message, odd and nearest(odd.group(1), self._option_string_actions)
+                      or "`%s --help` shows how" % self.prog)
 
 
 GLOBAL_OPTIONS = (
@@ -4070,7 +4457,7 @@ def add_arguments(parser, arguments, **more):
 
 def build_parser(only=None):
     """The whole command line; `only`: of one command, when its name is known already (the others are just names)."""
-    parser = Parser(prog="vpcctl", description="A cloud network (VPC) on this machine: subnets are network namespaces, "
+    parser = Parser(prog="vpcctl", allow_abbrev=False, description="A cloud network (VPC) on this machine: subnets are network namespaces, "
                     "a VPC is a bridge, the host is the router between them.", formatter_class=argparse.RawTextHelpFormatter,
                     epilog="Start with:  vpcctl sandbox      a throw-away machine to try things in\n"
                            "             vpcctl create blog --cidr 10.20.0.0/16\n"
@@ -4083,7 +4470,7 @@ def build_parser(only=None):
         if only and name != only:
             continue
         listed = {} if entry["hidden"] else {"help": text}
-        own = commands.add_parser(name, description=text[:1].upper() + text[1:] + ".",
+        own = commands.add_parser(name, allow_abbrev=False, description=text[:1].upper() + text[1:] + ".",
                                   epilog="Example:  vpcctl " + shown(entry["example"]), **listed)
         own.add_argument("--version", action="version", version="vpcctl " + VERSION)
         # The same options again, so that they may stand before or after the command's name.
@@ -4092,11 +4479,24 @@ def build_parser(only=None):
     return parser
 
 
+def named_command(words):
+    """The first word that is no option and no option's value, or None."""
+    value = False
+    for word in words:
+        if not value and not re.match(r"-[^\d]", word):
+            return word
+        value = not value and word == "--data-dir"
+    return None
+
+
 def parse(words, parser=None):
     """The command line -> options. Only the parser of the command that is called is built. What stands behind `--`
     is a program's own command line, never read as options."""
     words, program = (words[:words.index("--")], words[words.index("--") + 1:]) if "--" in words else (words, None)
-    named = next((word for word in words if word in COMMANDS), None)
+    named = named_command(words)
+    if named is not None and named not in COMMANDS:
+        known = [name for name, entry in COMMANDS.items() if not entry["hidden"]]
+        raise Problem("there is no command '%s'" % named, nearest(named, known) or "`vpcctl --help` lists the commands")
     options = (parser or build_parser(only=named)).parse_args(words)
     if not options.command:
         build_parser().print_help()
@@ -4111,9 +4511,16 @@ def parse(words, parser=None):
 # ------------------------------------------------------------------------------------------------ main
 
 def main(words=None):
+    """Run one command line, and see that its output got out -> exit code."""
+    try:
+        code = obey(sys.argv[1:] if words is None else words)
+    except SystemExit as end:                     # argparse, after --help and --version
+        code = end.code or 0
+    return code or hush()
+
+
+def obey(words):
     """Run one command line -> exit code."""
-    words = sys.argv[1:] if words is None else words
-    ctl = None
     try:
         options = parse(words)
         entry = COMMANDS[options.command]
@@ -4130,8 +4537,8 @@ def main(words=None):
         return 130
     except BrokenPipeError:
         return 141
-    finally:
-        hush()
+    except OSError as error:
+        return complain(Problem("%s: %s" % (error.filename or "cannot write the output", error.strerror or error), "", 3))
 
 
 def dispatch(ctl, entry, options):
@@ -4180,17 +4587,37 @@ def need_tools():
 
 def complain(problem):
     """Print a Problem on stderr -> its exit code."""
-    say_error("vpcctl: %s%s" % (problem, "\n  " + problem.hint if problem.hint else ""))
+    # What was typed is quoted in messages: what would move a terminal's cursor is spelled out.
+    spell = lambda text: re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda found: repr(found.group())[1:-1], str(text))
+    say_error("vpcctl: %s%s" % (spell(problem), "\n  " + spell(problem.hint) if problem.hint else ""))
     return problem.code
 
 
 def hush():
-    """Flush the output; a reader who has gone away is no error of ours."""
+    """Flush the output -> exit code: 141 if the reader has gone away (as a shell has it), 3 if it cannot be written."""
     try:
         sys.stdout.flush()
-    except (BrokenPipeError, ValueError):
+        return 0
+    except (OSError, ValueError) as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 141 if isinstance(error, BrokenPipeError) else complain(Problem("cannot write the output: %s" % error, "", 3))
+
+
+def open_streams():
+    """Make sure of the three standard streams: where one is closed, the next file opened would take its number, and
+    what a terminal cannot show must not end a change midway."""
+    import io
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        old = getattr(sys, name)
+        setattr(sys, name, io.TextIOWrapper(old.detach() if old else open(number, "wb", closefd=False), old and old.encoding,
+                                            "replace", line_buffering=name == "stderr" or os.isatty(number)))
 
 
 if __name__ == "__main__":
+    open_streams()
     sys.exit(main())
