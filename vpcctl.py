@@ -1649,8 +1649,11 @@ def name_data(world, vpc):
 
 def plan_names(world, vpc):
     """The hosts file that a VPC's subnets share."""
+    known, host = name_data(world, vpc), os.uname()[1]
     text = "# vpcctl:%s\n127.0.0.1 localhost\n" % vpc["name"]
-    text += "".join("%s %s\n" % (address, " ".join(names)) for address, names in name_data(world, vpc))
+    if host and not any(host in names for _, names in known):
+        text += "127.0.1.1 %s\n" % host           # programs that ask for their own name need not wait for a name server
+    text += "".join("%s %s\n" % (address, " ".join(names)) for address, names in known)
     folder = "%s/%s" % (RUN_DIR, vpc["name"])
     return [Step(ROUTE, ("folder", folder), "mkdir -p " + folder, (("rmdir", folder), ("rmdir", RUN_DIR)),
                  "what the VPC's subnets share"),
