@@ -3630,7 +3630,7 @@ def capability_notes(world):
 
 @command("test-connectivity", "test-connectivity blog web 10.20.2.2 --port 5432", VPC,
          arg("subnet", type=name_type, metavar="SUBNET", help="where the test starts", complete="subnet"),
-         arg("target", metavar="TARGET", help="an address, VPC/SUBNET, or a name"),
+         arg("target", metavar="TARGET", help="an address, VPC/SUBNET, or a name", complete="target"),
          arg("--port", type=port_type, metavar="PORT", help="try this TCP port (default: ping)"), root=True)
 def test_connectivity(ctl, args):
     """send a packet from a subnet and say what came of it"""
@@ -3713,6 +3713,38 @@ def ping(address, patience):
 
 
 # ------------------------------------------------------------------------------------------------ explain: why is it blocked?
+
+@command("explain", "explain blog web db --port 5432", VPC, SUBNET,
+         arg("target", metavar="TARGET", help="an address, VPC/SUBNET, or a name", complete="target"),
+         arg("--port", type=port_type, metavar="PORT", help="the target's port (default: its first app's, or 80)"),
+         arg("--protocol", choices=("tcp", "udp", "icmp"), default="tcp", help="tcp (default), udp or icmp (ping)"),
+         arg("--probe", action="store_true", help="also send the packet, and say if it disagrees (needs root)"),
+         arg("--policy", action="store_true", help="print the policy that would let it pass, for apply-policy"))
+def explain(ctl, args):
+    """walk the way of a packet, hop by hop, and say what blocks it and which command would allow it"""
+    vpc = ctl.vpc(args.vpc)
+    subnet = ctl.subnet(vpc, args.subnet)
+    asked = (ctl.world, args.vpc, args.subnet, args.target, args.port, args.protocol)
+    if args.policy:
+        found = path_policy(*asked)
+        if not found:
+            raise Problem("no policy is in the way", "`vpcctl explain` without --policy shows what is", 1)
+        return ctl.say(json.dumps(found[1], indent=2))
+    hops = explain_path(*asked)
+    tick = mark(True)
+    for line in render_explain(hops, "ok" in tick):
+        ctl.say(line)
+    passes = not any(hop.ok is False for hop in hops)
+    if args.probe:
+        need_root()
+        flow = path_flow(*asked)
+        answer = in_namespace(subnet["ns"], lambda: probe(flow.address, flow.port, args.protocol))
+        ctl.say("probe: %s" % ANSWERS[answer])
+        if (answer == "open") != passes:
+            ctl.say("probe and records disagree: `vpcctl verify` looks for what is missing")
+            return 1
+    return 0 if passes else 1
+
 
 Hop = namedtuple("Hop", "ok where text remedy")  # ok: True, False, or None where no record can tell
 
@@ -4046,6 +4078,274 @@ def render_explain(hops, ascii_only=False):
         return lines + ["no: blocked by %s: %s" % (last.where, last.text), "to allow it: %s" % last.remedy]
     known = all(hop.ok for hop in hops)
     return lines + ["yes%s: %s" % ("" if known else ", as far as the records tell", hops[0].text)]
+
+
+# ------------------------------------------------------------------------------------------------ graph: the picture of it all
+
+@command("graph", "graph blog --format tree",
+         arg("vpcs", nargs="*", type=name_type, metavar="VPC", help="which ones (default: all)", complete="vpc"),
+         arg("--format", choices=("tree", "mermaid", "dot", "svg"), default="tree", help="tree (default), mermaid, dot, svg"),
+         arg("-o", "--output", metavar="FILE", help="where to write it (default: standard output)", complete="file"))
+def graph(ctl, args):
+    """draw VPCs, subnets, apps, peers, NAT and published ports"""
+    for name in args.vpcs:
+        ctl.vpc(name)
+    draw = {"tree": graph_tree, "mermaid": graph_mermaid, "dot": graph_dot, "svg": graph_svg}[args.format]
+    more = {"ascii_only": "ok" in mark(True)} if args.format == "tree" else {}
+    text = draw(ctl.world, args.vpcs or sorted(ctl.world), **more)
+    if not args.output:
+        return ctl.say(text.rstrip("\n"))
+    if ctl.dry_run:
+        return ctl.run.echo(("tee", args.output))
+    try:
+        with open(args.output, "w", encoding="utf-8") as handle:
+            handle.write(text)
+    except OSError as error:
+        raise Problem("cannot write %s: %s" % (args.output, error.strerror)) from None
+    ctl.report("Wrote %s" % args.output)
+
+
+Peering = namedtuple("Peering", "a b blocks_a blocks_b")  # names of two VPCs, the blocks of each
+Uplink = namedtuple("Uplink", "interface nat published")  # [VPC names], [(VPC, text)]
+
+
+def graph_parts(world, names):
+    """(VPC records, names of peers that are not among them, peerings once each, uplinks)."""
+    vpcs, peerings, uplinks = [world[name] for name in names], {}, {}
+    for vpc in vpcs:
+        for peer in vpc.get("peers", []):
+            own = [block for block in peer["allowed"] if ip_inside(block.split("/")[0], vpc["cidr"])]
+            rest = [block for block in peer["allowed"] if block not in own]
+            if (peer["peer_vpc"], vpc["name"]) not in peerings:
+                peerings[vpc["name"], peer["peer_vpc"]] = Peering(vpc["name"], peer["peer_vpc"], own, rest)
+        if vpc.get("nat"):
+            name = vpc["nat"]["interface"]
+            uplinks.setdefault(name, Uplink(name, [], [])).nat.append(vpc["name"])
+        for p in vpc.get("published", []):
+            name = p.get("interface") or "any interface"
+            text = "%s/%s on %s/%d" % (vpc["name"], p["subnet"], p["protocol"], p["host_port"])
+            uplinks.setdefault(name, Uplink(name, [], [])).published.append((vpc["name"], text))
+    outside = sorted({p.b for p in peerings.values()} - set(names))
+    return vpcs, outside, list(peerings.values()), [uplinks[key] for key in sorted(uplinks)]
+
+
+def subnet_notes(vpc, subnet):
+    """What is to be said of a subnet beside its name and range: apps, published ports, NAT."""
+    name, nat = subnet["name"], vpc.get("nat")
+    notes = ["app tcp/%d" % app["port"] for app in vpc.get("apps", []) if app["subnet"] == name]
+    notes += ["%s %s/%d -> %d" % (p.get("interface") or "any", p["protocol"], p["host_port"], p["port"])
+              for p in vpc.get("published", []) if p["subnet"] == name]
+    if nat and (nat.get("subnets") is None or name in nat["subnets"]):
+        notes.append("NAT by %s" % nat["interface"])
+    return notes
+
+
+def peering_text(peering):
+    """Both lists of a peering, on one line."""
+    return "%s <-> %s" % tuple(", ".join(blocks) or "nothing" for blocks in (peering.blocks_a, peering.blocks_b))
+
+
+def graph_tree(world, names, ascii_only=False):
+    """The VPCs as a tree of text."""
+    branch, last = ("|- ", "`- ") if ascii_only else ("├─ ", "└─ ")
+    vpcs, outside, peerings, _ = graph_parts(world, names)
+    lines = []
+    for vpc in vpcs:
+        rows = [("%-14s %-18s %s" % (s["name"], s["cidr"], ", ".join(subnet_notes(vpc, s)))).rstrip()
+                for s in vpc["subnets"]]
+        for peering in peerings:
+            if vpc["name"] in (peering.a, peering.b):
+                other = peering.b if vpc["name"] == peering.a else peering.a
+                shown = " (not shown)" if other in outside else ""
+                rows.append("peer %s%s: %s" % (other, shown, peering_text(peering)))
+        lines.append("%s %s" % (vpc["name"], vpc["cidr"]))
+        lines += [(last if row is rows[-1] else branch) + row for row in rows or ["no subnet yet"]]
+    return "\n".join(lines or ["no VPC yet"]) + "\n"
+
+
+def graph_mermaid(world, names):
+    """The VPCs as a Mermaid flowchart, which GitHub draws inside a ```mermaid block."""
+    def label(*lines):
+        import re
+        quoted = [re.sub(r'[#"&<>`\\]', lambda m: "#%d;" % ord(m.group()), line) for line in lines if line]
+        return '["%s"]' % "<br/>".join(quoted)
+    vpcs, outside, peerings, uplinks = graph_parts(world, names)
+    ids = {name: "vpc%d" % number for number, name in enumerate(list(names) + outside)}
+    lines = ["flowchart LR"]
+    for vpc in vpcs:
+        lines.append("  subgraph %s%s" % (ids[vpc["name"]], label("%s %s" % (vpc["name"], vpc["cidr"]))))
+        for number, s in enumerate(vpc["subnets"]):
+            box = label(s["name"], s["cidr"], *subnet_notes(vpc, s))
+            lines.append("    %s_%d%s" % (ids[vpc["name"]], number, box))
+        lines.append("  end")
+    lines += ["  %s%s" % (ids[name], label(name, "not shown")) for name in outside]
+    lines += ["  %s <-->|%s| %s" % (ids[p.a], label(peering_text(p))[1:-1], ids[p.b]) for p in peerings]
+    for number, uplink in enumerate(uplinks):
+        lines.append("  up%d%s" % (number, label("uplink %s" % uplink.interface)))
+        lines += ["  %s -->|NAT| up%d" % (ids[name], number) for name in uplink.nat]
+        lines += ["  up%d -->|%s| %s" % (number, label(text)[1:-1], ids[name]) for name, text in uplink.published]
+    return "\n".join(lines) + "\n"
+
+
+def graph_dot(world, names):
+    """The VPCs for Graphviz: dot -Tsvg."""
+    def label(*lines):
+        return '[label="%s"]' % "\\n".join(
+            line.replace("\\", "\\\\").replace('"', '\\"') for line in lines if line)
+    vpcs, outside, peerings, uplinks = graph_parts(world, names)
+    ids = {name: "vpc%d" % number for number, name in enumerate(list(names) + outside)}
+    lines = ["digraph vpcctl {", "  rankdir=LR; compound=true; node [shape=box];"]
+    for vpc in vpcs:
+        router = ids[vpc["name"]]
+        lines.append("  subgraph cluster_%s { graph %s;" % (router, label("%s %s" % (vpc["name"], vpc["cidr"]))))
+        lines.append("    %s %s;" % (router, label("router", vpc["bridge"])))
+        for number, s in enumerate(vpc["subnets"]):
+            box = label(s["name"], s["cidr"], *subnet_notes(vpc, s))
+            lines.append("    %s_%d %s; %s -> %s_%d [dir=none];" % (router, number, box, router, router, number))
+        lines.append("  }")
+    lines += ["  %s %s;" % (ids[name], label(name, "not shown")) for name in outside]
+    lines += ["  %s -> %s %s;" % (ids[p.a], ids[p.b], label(peering_text(p))[:-1] + ", dir=both]") for p in peerings]
+    for number, uplink in enumerate(uplinks):
+        lines.append("  up%d %s;" % (number, label("uplink %s" % uplink.interface)))
+        lines += ["  %s -> up%d %s;" % (ids[name], number, label("NAT")) for name in uplink.nat]
+        lines += ["  up%d -> %s %s;" % (number, ids[name], label(text)) for name, text in uplink.published]
+    return "\n".join(lines + ["}"]) + "\n"
+
+
+SVG_STYLE = """
+text{font-family:ui-monospace,"DejaVu Sans Mono",Menlo,Consolas,monospace;fill:#1f2328}
+.page{fill:#fff}.vpc{fill:#f3f6fa;stroke:#8b97a5}.card{fill:#fff;stroke:#c3ccd6}.away{fill:none;stroke:#8b97a5;
+stroke-dasharray:5 4}.dim{fill:#57606a}.app,.fill-pub{fill:#1a7f37}.out,.fill-nat{fill:#9a5b00}
+.line{fill:none;stroke-width:1.6}.nat{stroke:#9a5b00}.pub{stroke:#1a7f37}
+.c0{stroke:#0969da}.c1{stroke:#8250df}.c2{stroke:#bf3989}.c3{stroke:#1b7c83}
+@media (prefers-color-scheme:dark){text{fill:#e6edf3}.page{fill:#0d1117}.vpc{fill:#161b22;stroke:#6e7681}
+.card{fill:#21262d;stroke:#444c56}.away{stroke:#6e7681}.dim{fill:#9ea7b3}.app,.fill-pub{fill:#56d364}
+.out,.fill-nat{fill:#e3b341}.nat{stroke:#e3b341}.pub{stroke:#56d364}
+.c0{stroke:#58a6ff}.c1{stroke:#bc8cff}.c2{stroke:#f778ba}.c3{stroke:#39c5cf}}
+"""
+SVG_GAP, SVG_LINE, SVG_HEAD, SVG_CHANNEL = 16, 18, 40, 110  # between boxes, lines, a VPC's head, room for curves
+
+
+def svg_size(lines):
+    """(width, height) of a box around [(text, class)]: monospace letters are 0.6 em wide; the first line is 14 px."""
+    widest = [len(text) * (8.6 if i == 0 else 7.4) for i, (text, _) in enumerate(lines)]
+    return int(max(widest)) + 24, len(lines) * SVG_LINE + 16
+
+
+def svg_box(x, y, width, height, kind, lines):
+    """A rectangle with its lines of text."""
+    from html import escape
+    parts = ['<g><title>%s</title><rect class="%s" x="%d" y="%d" width="%d" height="%d" rx="6"/>' % (
+        escape(", ".join(text for text, _ in lines)), kind, x, y, width, height)]
+    for i, (text, look) in enumerate(lines):
+        size = 'font-size="14" font-weight="bold"' if i == 0 else 'font-size="12"'
+        parts.append('<text x="%d" y="%d" %s class="%s">%s</text>' % (
+            x + 12, y + 21 + i * SVG_LINE, size, look, escape(text)))
+    return "".join(parts) + "</g>"
+
+
+def svg_subnet(vpc, subnet):
+    """The lines of a subnet's card."""
+    notes = [(note, "out" if note.startswith("NAT") else "app") for note in subnet_notes(vpc, subnet)]
+    return [(subnet["name"], ""), (subnet["cidr"], "dim"), (subnet["host_ip"], "dim")] + notes
+
+
+def svg_head(vpc):
+    """The head line of a VPC."""
+    return [("%s  %s%s" % (vpc["name"], vpc["cidr"], "" if vpc["subnets"] else "  no subnet yet"), "")]
+
+
+def svg_vpc(vpc, x, y, columns, cell):
+    """(parts, height) of a VPC: its head, then its subnets row by row."""
+    parts, top, cards = [], y + SVG_HEAD, [svg_subnet(vpc, s) for s in vpc["subnets"]]
+    for start in range(0, len(cards), columns):
+        row = cards[start:start + columns]
+        height = max(svg_size(lines)[1] for lines in row)
+        parts += [svg_box(x + SVG_GAP + i * (cell + SVG_GAP), top, cell, height, "card", lines)
+                  for i, lines in enumerate(row)]
+        top += height + SVG_GAP
+    box = svg_box(x, y, columns * (cell + SVG_GAP) + SVG_GAP, top - y, "vpc", svg_head(vpc))
+    return [box] + parts, top - y
+
+
+def svg_stack(x, cards, links, boxes):
+    """(parts, {card: (y, height)}) of cards in a column, each near its VPCs, none over another."""
+    parts, places, y = [], {}, SVG_GAP
+    width = max([svg_size(lines)[0] for lines in cards] or [0])
+    for number, lines in enumerate(cards):
+        height = svg_size(lines)[1]
+        middles = [boxes[link[0]][0] + boxes[link[0]][1] / 2 for link in links if link[1] == number]
+        y = max(y, int(sum(middles) / len(middles) - height / 2))
+        parts.append(svg_box(x, y, width, height, "card", lines))
+        places[number] = y, height
+        y += height + SVG_GAP
+    return parts, places
+
+
+def svg_curves(links, boxes, places, near, far):
+    """Curves from VPCs at x=near to cards at x=far; a link is (vpc, card, class). Nothing else lies between."""
+    def height(ends, place, link):
+        return place[0] + place[1] * (ends.index(link) + 1) // (len(ends) + 1)
+    links, parts = sorted(links, key=lambda link: (places[link[1]], boxes[link[0]], link[2])), []
+    for link in links:
+        start = height([other for other in links if other[0] == link[0]], boxes[link[0]], link)
+        end = height([other for other in links if other[1] == link[1]], places[link[1]], link)
+        ends = {"nat": ' marker-end="url(#nat)"', "pub": ' marker-start="url(#pub)"'}.get(link[2], "")
+        parts.append('<path class="line %s"%s d="M%d %dC%d %d %d %d %d %d"/>' % (
+            link[2], ends, near, start, (near + far) // 2, start, (near + far) // 2, end, far, end))
+    return parts
+
+
+def svg_cards(peerings, uplinks):
+    """((cards, links) of the uplinks, (cards, links) of the peerings)."""
+    left = [[("uplink %s" % u.interface, "")] + [("NAT for %s" % name, "out") for name in u.nat]
+            + [(text, "app") for _, text in u.published] for u in uplinks]
+    links = {(name, i, "nat") for i, u in enumerate(uplinks) for name in u.nat}
+    links |= {(name, i, "pub") for i, u in enumerate(uplinks) for name, _ in u.published}
+    right = [[("%s - %s" % (p.a, p.b), "")] + [("%s  %s" % (name, block), "dim") for name, blocks in (
+        (p.a, p.blocks_a), (p.b, p.blocks_b)) for block in blocks] for p in peerings]
+    return (left, links), (right, {(end, i, "c%d" % (i % 4)) for i, p in enumerate(peerings) for end in p[:2]})
+
+
+def graph_svg(world, names):
+    """A picture in SVG: uplinks on the left, VPCs in the middle, peerings on the right; light and dark."""
+    vpcs, outside, peerings, uplinks = graph_parts(world, names)
+    (left, left_links), (right, right_links) = svg_cards(peerings, uplinks)
+    most = max([len(vpc["subnets"]) for vpc in vpcs] or [1])
+    columns = most if most < 4 else 3 if most < 10 else 4 if most < 17 else 5
+    heads = [svg_head(v) for v in vpcs] + [[("%s  not shown" % name, "")] for name in outside]
+    cell = max([150] + [svg_size(svg_subnet(v, s))[0] for v in vpcs for s in v["subnets"]]
+               + [svg_size(head)[0] // max(columns, 1) for head in heads])
+    columns, far = max(columns, 1), max([svg_size(lines)[0] for lines in left] or [0])
+    x, y = SVG_GAP + (far + SVG_CHANNEL if left else 0), SVG_GAP
+    edge, body, boxes = x + columns * (cell + SVG_GAP) + SVG_GAP, [], {}
+    for vpc in vpcs:
+        parts, height = svg_vpc(vpc, x, y, columns, cell)
+        body, boxes[vpc["name"]], y = body + parts, (y, height), y + height + 2 * SVG_GAP
+    for name in outside:
+        body.append(svg_box(x, y, edge - x, SVG_HEAD, "away", [("%s  not shown" % name, "dim")]))
+        boxes[name], y = (y, SVG_HEAD), y + SVG_HEAD + 2 * SVG_GAP
+    bottoms = [y - 2 * SVG_GAP]
+    for cards, links, near, x, at in ((left, left_links, x, SVG_GAP, SVG_GAP + far),
+                                      (right, right_links, edge, edge + SVG_CHANNEL, edge + SVG_CHANNEL)):
+        parts, places = svg_stack(x, cards, links, boxes)
+        body += parts + svg_curves(links, boxes, places, near, at)
+        bottoms += [top + height for top, height in places.values()]
+    width = edge + (SVG_CHANNEL + max(svg_size(lines)[0] for lines in right) if right else 0) + SVG_GAP
+    title = "vpcctl: " + (", ".join(names) or "no VPC yet")
+    return svg_page(title, width, max(bottoms) + SVG_GAP, body)
+
+
+def svg_page(title, width, height, body):
+    """The whole document."""
+    from html import escape
+    arrow = ('<marker id="%s" viewBox="0 0 10 10" refX="9" refY="5" markerWidth="8" markerHeight="8" '
+             'orient="auto-start-reverse"><path class="fill-%s" d="M0 0L10 5L0 10z"/></marker>')
+    head = ('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 %d %d" width="%d" height="%d" role="img">'
+            % (width, height, width, height))
+    return "\n".join([head, "<title>%s</title>" % escape(title), "<style>%s</style>" % SVG_STYLE,
+                      "<defs>%s%s</defs>" % (arrow % ("nat", "nat"), arrow % ("pub", "pub")),
+                      '<rect class="page" width="100%" height="100%"/>'] + body + ["</svg>"]) + "\n"
 
 
 # ------------------------------------------------------------------------------------------------ sandbox
@@ -4390,6 +4690,127 @@ def serve_internet(ready):
     while True:
         client, address = server.accept()
         threading.Thread(target=answer, args=(client, address[0]), daemon=True).start()
+
+
+# ------------------------------------------------------------------------------------------------ shells and manual
+
+COMPLETIONS = {
+    "bash": """\
+# vpcctl: completion for bash; `source` it, or put it into /usr/share/bash-completion/completions/vpcctl
+_vpcctl() {
+    local IFS=$'\\n' word=${COMP_WORDS[COMP_CWORD]}
+    COMPREPLY=($(vpcctl __complete -- "${COMP_WORDS[@]:1:COMP_CWORD}" 2>/dev/null))
+    if [ "${COMPREPLY[0]}" = :file ]; then COMPREPLY=($(compgen -f -- "$word")); fi
+}
+complete -o filenames -F _vpcctl vpcctl
+""",
+    "zsh": """\
+#compdef vpcctl
+_vpcctl() {
+    local -a found
+    found=("${(@f)$(vpcctl __complete -- "${(@)words[2,CURRENT]}" 2>/dev/null)}")
+    if [[ ${found[1]} == :file ]]; then _files; else compadd -- ${found:#}; fi
+}
+compdef _vpcctl vpcctl
+""",
+    "fish": """\
+# vpcctl: completion for fish; put it into ~/.config/fish/completions/vpcctl.fish
+function __vpcctl_complete
+    set -l words (commandline -opc) (commandline -ct)
+    set -l found (vpcctl __complete -- $words[2..-1] 2>/dev/null)
+    if test "$found[1]" = :file
+        __fish_complete_path (commandline -ct)
+    else
+        printf '%s\\n' $found
+    end
+end
+complete -c vpcctl -f -a '(__vpcctl_complete)'
+""",
+}
+
+
+@command("completion", "completion bash",
+         arg("shell", choices=sorted(COMPLETIONS), help="bash, fish or zsh"))
+def completion(ctl, args):
+    """print the shell's completion script; it knows commands, options and the names in the records"""
+    ctl.say(COMPLETIONS[args.shell].rstrip("\n"))
+
+
+@command("__complete", "__complete -- create", arg("program", nargs="*", metavar="-- WORD…", help="what is typed so far"),
+         hidden=True)
+def complete(ctl, args):
+    """print what the last word may become, one a line; ":file" stands for a file's name"""
+    words = args.program or [""]
+    for candidate in candidates(ctl, words[:-1]):
+        if candidate.startswith(words[-1]) or candidate == ":file":
+            ctl.say(candidate)
+
+
+def candidates(ctl, words):
+    """What may stand after these words, from the command table and the records."""
+    name = named_command(words)
+    if name is None:
+        return [known for known in COMMANDS if not COMMANDS[known]["hidden"]] + [flags[0] for flags, _ in GLOBAL_OPTIONS]
+    if name not in COMMANDS or "--" in words:
+        return []
+    arguments = COMMANDS[name]["arguments"] + GLOBAL_OPTIONS
+    options = {flag: more for flags, more in arguments for flag in flags if flag.startswith("-")}
+    if words[-1] in options and "action" not in options[words[-1]]:
+        return values(ctl, options[words[-1]], [])
+    placed, skip = [], False
+    for word in words[words.index(name) + 1:]:
+        if not skip and not word.startswith("-"):
+            placed.append(word)
+        skip = word in options and "action" not in options[word]
+    slots = [more for flags, more in arguments if not flags[0].startswith("-")]
+    slot = slots[len(placed)] if len(placed) < len(slots) else slots[-1] if slots and slots[-1].get("nargs") else {}
+    return values(ctl, slot, placed) + [flag for flag in options if flag.startswith("--")]
+
+
+def values(ctl, options, placed):
+    """What an argument may be; `placed` are the words before it."""
+    kind = options.get("complete")
+    if kind == "file":
+        return [":file"]
+    if kind == "interface":
+        return host_interfaces()
+    if "choices" in options:
+        return list(options["choices"])
+    vpc = ctl.world.get(placed[0]) if placed else None
+    subnets = [subnet["name"] for subnet in vpc["subnets"]] if vpc else []
+    if kind == "target":
+        return subnets + ["%s/%s" % (name, subnet["name"]) for name in sorted(ctl.world)
+                          for subnet in ctl.world[name]["subnets"]]
+    return {"vpc": sorted(ctl.world), "subnet": subnets, "peer": [peer["peer_vpc"] for peer in vpc["peers"]] if vpc else [],
+            None: []}[kind]
+
+
+@command("man", "man")
+def manual(ctl, _args):
+    """print the manual page (vpcctl man | man -l -)"""
+    plain = lambda text: text.replace("\\", "\\e").replace("-", "\\-").replace("\u2026", "...").replace("\n.", "\n\\&.")
+    parser = build_parser()
+    lines = [".TH VPCCTL 8 \"\" \"vpcctl %s\"" % VERSION, ".SH NAME", "vpcctl \\- a cloud network (VPC) on this machine",
+             ".SH SYNOPSIS", ".B vpcctl", "[OPTIONS] COMMAND ...", ".SH DESCRIPTION", plain(parser.description), ".SH OPTIONS"]
+    for flags, options in GLOBAL_OPTIONS:
+        lines += [".TP", ".B " + plain(" ".join(filter(None, [", ".join(flags), options.get("metavar")]))), plain(options["help"])]
+    lines.append(".SH COMMANDS")
+    for name, entry in COMMANDS.items():
+        if entry["hidden"]:
+            continue
+        lines += [".SS " + name, plain((entry["handler"].__doc__ or "").strip()) + ".", ".PP", "Example:",
+                  ".B vpcctl " + plain(shown(entry["example"]))]
+        for flags, options in entry["arguments"]:
+            words = [", ".join(flags) if flags[0].startswith("-") else "", options.get("metavar") or (
+                "" if "action" in options else "|".join(options.get("choices", ())) or flags[0].upper())]
+            lines += [".TP", ".B " + plain(" ".join(filter(None, words))), plain(options["help"])]
+    lines += [".SH EXIT STATUS", "0 done, or the answer is yes; 1 the answer is no; 2 refused input; 3 a command failed and",
+              "what was done was taken back; 4 the machine lacks something; 130, 143 stopped by a signal.",
+              ".SH FILES", ".TP", ".B " + plain(".vpcctl_data"),
+              plain("the records, one JSON file per VPC, and vpcctl.log; beside vpcctl.py, or as --data-dir or VPCCTL_DATA say"),
+              ".SH ENVIRONMENT", ".TP", ".B VPCCTL_DATA", "the data folder", ".TP", ".B NO_COLOR", "no colour, if it is set"]
+    for line in lines:
+        ctl.say(line)
 
 
 # ------------------------------------------------------------------------------------------------ the parser
