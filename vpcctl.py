@@ -1,5 +1,10 @@
-#!/usr/bin/env python3
-"""vpcctl - a cloud network (VPC) on the machine in front of you, from Linux's own parts.
+#!/bin/sh
+# The shell reads the next statement and starts Python on this file as a module, whose compiled form Python keeps in
+# __pycache__: half of a short command's time is compiling. Python itself reads it as a text that means nothing.
+"exec" "python3" "-ISc" "import sys, os.path as o; p = o.realpath(sys.argv[1]); sys.argv[:] = [p] + sys.argv[2:];"\
+" sys.path.insert(0, o.dirname(p)); __import__('vpcctl').start() if p.endswith('/vpcctl.py') else"\
+" __import__('runpy').run_path(p, None, '__main__')" "$0" "$@"
+__doc__ = """vpcctl - a cloud network (VPC) on the machine in front of you, from Linux's own parts.
 
         VPC blog 10.20.0.0/16                               the host
     +-- namespace ns-blog-web ---+
@@ -33,7 +38,7 @@ PREF_OWN, PREF_FENCE, PREF_OUT, PREF_END = "7001", "7002", "7003", "7004"
 MARK_BITS, MARK_SALT = 12, (1 << 12) - 1
 NETNS_DIR, ETC_NETNS, RUN_DIR = "/run/netns", "/etc/netns", "/run/vpcctl"
 NOBODY = 65534
-LOCK_WAIT, APP_WAIT, STOP_WAIT, LOG_LIMIT = 60.0, 10.0, 5.0, 1 << 20
+LOCK_WAIT, APP_WAIT, STOP_WAIT, LOG_LIMIT, PROBE_SIZE = 60.0, 10.0, 5.0, 1 << 20, 1 << 16
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,31}\Z")
 DEFAULT_POLICY = {"ingress": [{"port": 80, "protocol": "tcp", "action": "allow"},
                               {"port": 443, "protocol": "tcp", "action": "allow"},
@@ -268,10 +273,13 @@ def popen(argv, **options):
 
 
 def call(argv, text=None):
-    """Run a system tool to its end -> (exit code, stdout, stderr)."""
+    """Run a system tool to its end -> (exit code, stdout, stderr).
+
+    It inherits the lock: if we are killed meanwhile, nobody starts repairing before it has ended.
+    """
     import subprocess
     child = popen(argv, stdin=subprocess.PIPE if text is not None else subprocess.DEVNULL,
-                  stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                  stdout=subprocess.PIPE, stderr=subprocess.PIPE, close_fds=False)
     out, err = child.communicate(text.encode() if text is not None else None)
     return child.returncode, out.decode("utf-8", "replace"), err.decode("utf-8", "replace")
 
@@ -359,14 +367,24 @@ def quoted(word):
     return '"%s"' % word if re.search(r"[\s']", word) or not word else word
 
 
+UNKNOWN = -1                      # how many of a batch were done, if the tool was killed over it
+
+
+def one_call(argv):
+    """Run one command -> how many were done, error text."""
+    code, _, said = call(list(argv))
+    return (1, "") if code == 0 else (0, said) if code > 0 else (UNKNOWN, "ended by signal %d" % -code)
+
+
 def ip_batch(tool, commands):
     """Run commands of ip or bridge in one process -> how many were done, error text."""
     if len(commands) == 1:
-        code, _, said = call(list(commands[0]))
-        return (1, "") if code == 0 else (0, said)
+        return one_call(commands[0])
     code, _, said = call([tool, "-batch", "-"], "".join(" ".join(argv[1:]) + "\n" for argv in commands))
     if code == 0:
         return len(commands), ""
+    if code < 0:
+        return UNKNOWN, "ended by signal %d" % -code
     failed = re.search(r"Command failed -:(\d+)", said)
     return (int(failed.group(1)) - 1 if failed else 0), re.sub(r"Command failed.*\n?", "", said)
 
@@ -378,6 +396,8 @@ def iptables_batch(table, commands):
         words = argv[3:] if argv[1] == "-t" else argv[1:]
         lines.append(" ".join(quoted(word) for word in words))
     code, _, said = call(["iptables-restore", "-w", "5", "--noflush"], "*%s\n%s\nCOMMIT\n" % (table, "\n".join(lines)))
+    if code < 0:
+        return UNKNOWN, "ended by signal %d" % -code
     return (len(commands), "") if code == 0 else (0, said or "iptables-restore: exit code %d" % code)
 
 
@@ -401,8 +421,15 @@ def _write_sysctl(_, setting):
 
 def _unlink(*paths):
     for path in paths:
-        if path != "-f" and os.path.lexists(path):
-            os.unlink(path)
+        if path != "-f" and os.path.lexists(path) and (is_our_link(path) or not path.startswith(ETC_NETNS + "/")):
+            os.unlink(path)                       # in /etc/netns there may be a file of somebody else's
+
+
+def _symlink(*words):
+    if is_our_link(words[-1]):
+        os.unlink(words[-1])
+    if not os.path.lexists(words[-1]):            # somebody else's file in /etc/netns is left as it is
+        os.symlink(*words[-2:])
 
 
 def _rmdir(*paths):
@@ -418,7 +445,7 @@ def _tee(path, text):
 
 
 FILE_WORKS = {"sysctl": _write_sysctl, "tee": _tee, "mkdir": lambda *words: os.makedirs(words[-1], 0o755, exist_ok=True),
-              "ln": lambda *words: os.symlink(*words[-2:]), "rm": _unlink, "rmdir": _rmdir}
+              "ln": _symlink, "rm": _unlink, "rmdir": _rmdir}
 
 
 def run_lane(kind, where, commands):
@@ -429,8 +456,7 @@ def run_lane(kind, where, commands):
         return iptables_batch(where, commands)
     if kind == "file":
         return file_batch(commands)
-    code, _, said = call(list(commands[0]))
-    return (1, "") if code == 0 else (0, said)
+    return one_call(commands[0])
 
 
 def split_lanes(commands):
@@ -450,10 +476,31 @@ def run_inside(commands):
     done = 0
     for kind, where, group in split_lanes([inner(argv) for argv in commands]):
         count, said = run_lane(kind, where, group)
+        if count == UNKNOWN:
+            return UNKNOWN, said
         done += count
         if said or count < len(group):
             return done, said
     return done, ""
+
+
+# What tools and kernels say of what they do not know.
+INCAPABLE = re.compile(r"not supported|Invalid argument|Unknown|unknown|wrong|garbage|No such file")
+
+
+def begun(commands):
+    """The pairs that a batch would have made: it is unknown how far it got, and taking back is tolerant."""
+    pairs = []
+    for pair, _, _ in commands:
+        if pair not in pairs:
+            pairs.append(pair)
+    return pairs
+
+
+def half_done(trouble):
+    """Mark an exception: the machine is neither as before nor as wanted, so the intent stays."""
+    trouble.half_done = True
+    return trouble
 
 
 class Executor:
@@ -498,56 +545,67 @@ class Executor:
             self.out = open(os.devnull, "w")
             os.dup2(self.out.fileno(), sys.stdout.fileno())
 
-    def transact(self, removes, makes):
-        """Take back the steps of `removes`, then make those of `makes`: pairs (old step or None, new step).
+    def transact(self, removes, makes, then=None):
+        """Take back the steps of `removes`, then make those of `makes`: pairs (old step or None, new step); `then`
+        completes it.
 
         If one cannot be made, or a signal comes in between, what this run did is taken back, newest first, and what
-        it had removed is put there again. Raises Problem (code 3) or Interrupted then.
+        it had removed is put there again. Raises Problem (code 3) or Interrupted then; with `half_done` if the
+        machine is now neither as before nor as wanted. A change that removes is finished in spite of a signal.
         """
         makes = sorted(makes, key=lambda pair: pair[1].phase)
-        self.heed()
-        left = self.take_back(removes)
+        try:
+            left = self.take_back(removes)
+        except Exception as trouble:
+            trouble.half_done = True
+            raise
         if left:
-            raise Problem("could not remove: " + "; ".join(left), "run the same command again, or `vpcctl verify`", 3)
-        if not makes:
-            return
+            raise half_done(Problem("could not remove: " + "; ".join(left),
+                                    "run the same command again, or `vpcctl verify`", 3))
         made = []
         try:
-            self.make(makes, made)
-            self.heed()
-        except (Failure, Interrupted, Problem) as trouble:
+            self.make(makes, made, patient=bool(removes))
+            if then:
+                then()
+        except (Failure, Interrupted, Problem, OSError) as trouble:
+            if getattr(trouble, "half_done", False):
+                raise
             left = self._roll_back(made, removes)
             if isinstance(trouble, Failure):
                 trouble = Problem("`%s` failed: %s" % (shown(trouble.argv), trouble.said.strip() or "no reason given"),
                                   "what was done has been taken back" if not left else "", 3)
             if left:
                 say_error("could not take back: " + "; ".join(left) + "; `vpcctl restore` repairs it")
+                trouble.half_done = True
             raise trouble
 
     def _roll_back(self, made, removed):
+        """Newest first, undo the pairs of `made` and make `removed` again -> what could not be."""
         if made or removed:
             self.say("taking back what was done:")
-        stopped, self.stopped_by = self.stopped_by, 0
-        swapped = [(new, old) for old, new in made if old]
         left = self.take_back([new for old, new in made if not old])
         try:
-            self.make(swapped + [(None, step) for step in sorted(removed, key=lambda step: step.phase)], [])
-        except (Failure, Interrupted) as trouble:
-            left.append(str(trouble))
-        self.stopped_by = stopped
+            swapped = [(as_found(new), old) for old, new in made if old]
+            self.make(swapped + [(None, step) for step in sorted(removed, key=lambda step: step.phase)], [], patient=True)
+        except (Failure, OSError) as trouble:
+            left.append("%s: %s" % (shown(trouble.argv), trouble) if isinstance(trouble, Failure) else str(trouble))
         return left
 
-    def make(self, pairs, made):
-        """Make steps in order; `made` receives each pair that was begun and is (at least partly) there."""
+    def make(self, pairs, made, patient=False):
+        """Make steps in order; `made` receives each pair that was begun and is (at least partly) there. Signals are
+        obeyed between two commands and at the end, unless `patient`."""
         commands = []                             # (pair, command, is it the pair's last)
         for pair in pairs:
             own = (pair[0].undo if pair[0] and pair[0].key[0] != "file" else ()) + pair[1].do
             commands.extend((pair, argv, position == len(own) - 1) for position, argv in enumerate(own))
         position = 0
         while position < len(commands):
-            self.heed()
+            if not patient:
+                self.heed()
             end = self._end_of_lane(commands, position)
             position = self._run_slice(commands, position, end, made)
+        if not patient:
+            self.heed()
 
     @staticmethod
     def _end_of_lane(commands, start):
@@ -573,13 +631,16 @@ class Executor:
             self._run_namespaces(commands[start:end], made)
             return end
         done, said = run_lane(kind, where, [argv for _, argv, _ in commands[start:end]])
+        if done == UNKNOWN:
+            made.extend(begun(commands[start:end]))
+            raise Failure(commands[start][1], said)
         self.commands += done
         made.extend(pair for pair, _, last in commands[start:start + done] if last)
         if done == end - start:
             return end
         pair, argv, last = commands[start + done]
-        if not pair[1].optional:
-            if not last or kind == "iptables":
+        if not (pair[1].optional and INCAPABLE.search(said)):
+            if not last:
                 made.append(pair)                 # begun, perhaps: taking back is tolerant of what is not there
             raise Failure(argv, said)
         self.lost.append((pair[1], said.strip()))
@@ -594,6 +655,10 @@ class Executor:
         trouble = None
         for name, result in results.items():
             done, said = result if isinstance(result, tuple) else (0, str(result))
+            if done == UNKNOWN:
+                made.extend(begun(groups[name]))
+                trouble = trouble or Failure(groups[name][0][1], said)
+                continue
             self.commands += done
             made.extend(pair for pair, _, last in groups[name][:done] if last)
             if done < len(groups[name]):
@@ -780,15 +845,18 @@ class Store:
         if found.st_mode & 0o022:
             raise Problem("others may write in the data folder %s" % self.folder, "sudo chmod go-w %s" % self.folder)
 
-    def prepare(self):
-        """Make the folder, and see that it can be written before the kernel is touched."""
+    def prepare(self, title, heed):
+        """Make the folder, take the lock, and see that it can be written before the kernel is touched."""
         self.check_folder()
-        probe = os.path.join(self.folder, ".probe")
         try:
             os.makedirs(self.folder, 0o755, exist_ok=True)
+            self.lock(title, heed)
+            self._sweep()
+            probe = os.path.join(self.folder, "vpc_probe.new")
             handle = os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o644)
             try:
-                os.write(handle, b"\0" * 4096)
+                if os.write(handle, b"\0" * PROBE_SIZE) < PROBE_SIZE:
+                    raise OSError(28, os.strerror(28))
             finally:
                 os.close(handle)
                 os.unlink(probe)
@@ -796,8 +864,15 @@ class Store:
             raise Problem("cannot write in the data folder %s: %s" % (self.folder, error.strerror),
                           "free some space, or name another folder with --data-dir", 3) from None
 
-    def lock(self, title):
-        """Let one change happen at a time; waits, says for whom, and gives up after a minute (VPCCTL_WAIT seconds)."""
+    def _sweep(self):
+        """Remove what a kill left between writing a file and putting it in place."""
+        for entry in os.listdir(self.folder):
+            if entry.startswith("vpc_") and entry.endswith(".new") and not os.path.isdir(os.path.join(self.folder, entry)):
+                os.unlink(os.path.join(self.folder, entry))
+
+    def lock(self, title, heed=lambda: None):
+        """Let one change happen at a time; waits, says for whom, and gives up after a minute (VPCCTL_WAIT seconds).
+        `heed` is called while waiting."""
         import fcntl
         import time
         self._lock = os.open(os.path.join(self.folder, "lock"), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
@@ -814,7 +889,9 @@ class Store:
                                   "try again when it has finished", 3) from None
                 if waited > 1 and not told:
                     told = say_error("waiting for another vpcctl: %s" % self._holder()) or True
+                heed()
                 time.sleep(0.02)
+        os.set_inheritable(self._lock, True)      # see `call`
         try:
             os.ftruncate(self._lock, 0)
             os.pwrite(self._lock, ("process %d, %s" % (os.getpid(), title)).encode(), 0)
@@ -836,8 +913,10 @@ class Store:
                 if entry.startswith("vpc_") and entry.endswith("." + kind) and NAME.match(entry[4:-len(kind) - 1])]
 
     def _read(self, name, kind):
-        handle = os.open(self.path(name, kind), os.O_RDONLY | os.O_NOFOLLOW)
+        handle = os.open(self.path(name, kind), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         with os.fdopen(handle, encoding="utf-8") as opened:
+            if os.fstat(handle).st_mode & 0o022:
+                raise ValueError("others may write in it: sudo chmod go-w")
             record = json.load(opened)
         if kind == "intent" and record == {"gone": name}:
             return None
@@ -857,7 +936,7 @@ class Store:
                         damaged[name] = "%s: %s" % (self.path(name), error)
         return world, intents, damaged
 
-    def _put(self, path, text, durable):
+    def _put(self, path, text, durable, staged=False):
         scratch = path + ".new"
         try:
             handle = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o644)
@@ -866,7 +945,8 @@ class Store:
                 opened.flush()
                 if durable:
                     os.fsync(handle)
-            os.replace(scratch, path)
+            if not staged:
+                os.replace(scratch, path)
         except OSError as error:
             try:
                 os.unlink(scratch)
@@ -875,10 +955,17 @@ class Store:
             raise Problem("cannot save %s: %s" % (path, error.strerror),
                           "free some space; the record is as it was", 3) from None
 
-    def save(self, record):
-        """Write a VPC's finished record: a temporary file, flushed to disk, put in place in one step."""
-        record["host_iptables"] = [list(argv) for argv in recorded_rules(record)]
-        self._put(self.path(record["name"]), json.dumps(record, indent=1) + "\n", True)
+    def save(self, records):
+        """Write VPCs' finished records: temporary files, flushed to disk, and only when all are there put in place."""
+        for record in records:
+            record["host_iptables"] = [list(argv) for argv in recorded_rules(record)]
+            self._put(self.path(record["name"]), json.dumps(record, indent=1) + "\n", True, True)
+        for record in records:
+            path = self.path(record["name"])
+            try:
+                os.replace(path + ".new", path)
+            except OSError as error:
+                raise half_done(Problem("cannot save %s: %s" % (path, error.strerror), "`vpcctl restore` finishes it", 3))
 
     def intend(self, name, record):
         """Write what a change will lead to (None: the VPC goes). It means nothing after a power cut, when the kernel
@@ -1048,10 +1135,12 @@ class Control:
         """Before a change: folder, lock, signals. Not in a dry run."""
         if self.dry_run:
             return
-        self.store.prepare()
         self.run.watch_signals()
-        self.store.lock(" ".join(sys.argv[1:])[:150])
+        self.store.prepare(" ".join(sys.argv[1:])[:150], self.run.heed)
         self._loaded = None
+        for name in set(self.store.names("intent")) - set(self.intents):
+            self.note("removed an unreadable note of a change of VPC %s that was cut short" % name)
+            self.store.drop(name, "intent")
 
     def begin_again(self):
         """Forget what was read: the records on disk have changed."""
@@ -1087,14 +1176,15 @@ class Control:
             if after:
                 after(new)
             return
+        self.run.heed()
         self._write_intents(touched, new)
         try:
             if before:
                 before()
-            self._transact(removes, makes, new, after)
-            self.finish(touched, new)
-        except BaseException:
-            self._drop_intents(touched, old, removes)
+            self.run.transact(removes, makes, lambda: self._complete(touched, new, after))
+        except (Problem, Interrupted, OSError) as trouble:
+            if not getattr(trouble, "half_done", False):
+                self._settle_back(touched, old)
             raise
 
     def _write_intents(self, touched, new):
@@ -1108,36 +1198,46 @@ class Control:
                 self.store.drop(name, "intent")
             raise
 
-    def _transact(self, removes, makes, new, after):
-        self.run.transact(removes, makes)
+    def _complete(self, touched, new, after):
+        """When the kernel is ready: start programs, then write the records. If that fails, no new program is left."""
         note_lost(self, new)
-        if after:
-            try:
+        try:
+            if after:
                 after(new)
-            except (Problem, Interrupted):
-                self.run.say("taking back what was done:")
-                _, back = difference(new, self.world)
-                self.run.take_back([step for old, step in makes if not old])
-                self.run.make(back + [(None, step) for step in sorted(removes, key=lambda step: step.phase)], [])
-                raise
+            self.finish(touched, new)
+        except (Problem, Interrupted, OSError):
+            known = [app for vpc in self.world.values() for app in vpc["apps"]]
+            for app in [app for vpc in new.values() for app in vpc["apps"] if app not in known]:
+                if is_alive(app):
+                    stop_process(app["pid"])
+            tidy_apps(self, new, self.world, keep_logs=True)
+            raise
 
     def finish(self, touched, new):
         """The change has happened: records first, so that a full disk is noticed while it can be taken back."""
-        for name in touched:
-            if name in new:
-                self.store.save(new[name])
-        for name in touched:
-            if name not in new:
-                self.store.drop(name)
-            self.store.drop(name, "intent")
-        tidy_apps(self, self.world, new)
+        self.store.save([new[name] for name in sorted(touched) if name in new])
+        try:
+            for name in touched:
+                if name not in new:
+                    self.store.drop(name)
+                self.store.drop(name, "intent")
+        except OSError as error:
+            raise half_done(Problem("cannot remove %s: %s" % (error.filename, error.strerror),
+                                    "`vpcctl restore` finishes it", 3))
+        for old in (self.world, {name: vpc for name, vpc in self.intents.items() if vpc}):
+            tidy_apps(self, old, new)
         self._loaded = (new, {}, self.damaged)
 
-    def _drop_intents(self, touched, old, removes):
-        """After a failure: what was taken back needs no intent; what could not be removed keeps it."""
-        if not removes:
-            for name in touched:
-                self.store.drop(name, "intent")
+    def _settle_back(self, touched, old):
+        """After a failure that was taken back: no intent is left, and programs that were ended run again."""
+        for name in touched:
+            self.store.drop(name, "intent")
+        vpcs = [old[name] for name in touched if name in old]
+        try:
+            if revive_apps(self, vpcs):
+                self.store.save(vpcs)
+        except (Problem, Failure, OSError) as trouble:
+            self.note("%s; `vpcctl restore` starts it again" % trouble)
 
 
 def as_found(step):
@@ -2206,8 +2306,8 @@ def orphans(ctl, seen, name=None):
     for fact, (vpc, step) in seen.owned.items():
         if fact in known or (vpc in ctl.damaged and name is None) or (vpc in ctl.intents):
             continue
-        if name is not None and vpc not in (name, None):
-            continue
+        if (name is not None and vpc not in (name, None)) or (vpc is None and ctl.damaged):
+            continue                              # what says no name may be of a VPC whose record is unreadable
         found.append(step)
     return found
 
@@ -2228,11 +2328,12 @@ def already(ctl, names, text):
 def restore(ctl, args):
     """bring the kernel back to what the records say, after a reboot or a loss"""
     for name in args.vpcs:
-        ctl.vpc(name)
+        if name not in ctl.intents:
+            ctl.vpc(name)
     for name, why in ctl.damaged.items():
         if name in args.vpcs or not args.vpcs:
             ctl.note("%s; left alone, `vpcctl delete --force %s` clears it away" % (why, name))
-    names = args.vpcs or sorted(ctl.world)
+    names = args.vpcs or sorted(set(ctl.world) | set(ctl.intents))
     if ctl.dry_run:
         return ctl.run.make(sorted([(None, step) for step in plan(ctl.world, set(names)).values()],
                                    key=lambda pair: pair[1].phase), [])
@@ -2247,7 +2348,7 @@ def is_down(vpc, interfaces=None):
 
 def heal_first(ctl, names):
     """Before a change: finish what was cut short in the VPCs that it is about, and bring up those that are down."""
-    unsound = ctl.is_unsound(names)
+    unsound = sorted(set(ctl.is_unsound(names)) | set(ctl.intents))
     if unsound:
         ctl.note("first putting right what an interrupted change or a restart has left: %s" % ", ".join(unsound))
         mend(ctl, unsound)
@@ -2260,7 +2361,7 @@ def mend(ctl, names, gone=()):
         new[name] = broken_off[name]
     intended = {name: record for name, record in new.items() if record}
     new = {name: record for name, record in intended.items() if name not in gone}
-    settle_peers(new)
+    settle_peers(new, ctl.damaged)
     names = set(names) | set(broken_off)
     steps = plan(new, names)
     stale = plan(ctl.world, names)
@@ -2269,23 +2370,38 @@ def mend(ctl, names, gone=()):
                            adopt=record_names({name: vpc for name, vpc in broken_off.items() if vpc}))
     seen = look()
     if seen.stale:
-        ctl.run.transact(leftovers(seen, steps), [])
+        ctl.run.transact(leftovers(seen, set(steps) | set(stale)), [])
         seen = look()
     removes, makes = mending(steps, stale, seen)
     evict(ctl, [step.fact[1] for step in removes if step.fact[0] == "ns"])
     ctl.run.transact(removes, makes)
     note_lost(ctl, new)
-    started = revive_apps(ctl, [new[name] for name in sorted(names) if name in new])
+    for name in sorted(names):
+        kept = [(app["subnet"], app["port"]) for app in (new.get(name) or {"apps": ()})["apps"]]
+        for app in (ctl.world.get(name) or {"apps": ()})["apps"]:
+            if (app["subnet"], app["port"]) not in kept and is_alive(app):
+                halt(ctl, app)
+    troubles = []
+    started = revive_apps(ctl, [new[name] for name in sorted(names) if name in new], troubles)
+    for name, app, problem in troubles:
+        if not app["start"]:                      # its deployment was cut short, and it never ran
+            new[name]["apps"].remove(app)
+            ctl.note("%s; taken out of the record" % problem)
     touched = [name for name in sorted(set(new) | set(ctl.world)) if new.get(name) != ctl.world.get(name)]
     ctl.finish(set(touched) | set(broken_off), new)
+    for _, app, problem in troubles:
+        if app["start"]:
+            raise problem
     return len(removes) + len(makes) + started + len(touched)
 
 
-def settle_peers(world):
+def settle_peers(world, damaged=()):
     """A peering stands in two records; if a kill came between, the other half is filled in, or a lost end taken out."""
     for name, vpc in world.items():
         for peer in list(vpc["peers"]):
             other = world.get(peer["peer_vpc"])
+            if peer["peer_vpc"] in damaged:
+                continue
             if other is None:
                 vpc["peers"].remove(peer)
             elif not any(back["peer_vpc"] == name for back in other["peers"]):
@@ -2853,7 +2969,7 @@ def start_apps(ctl, apps):
                 time.sleep(0.01)
             app["pid"], app["start"] = child.pid, process_start(child.pid)
             child.returncode = 0                  # it outlives us on purpose: no warning that it was not waited for
-    except (Problem, Interrupted):
+    except BaseException:
         for app, child in children:
             child.returncode = None
             stop_process(child.pid, child)
@@ -2896,7 +3012,7 @@ def prepare_page(vpc_name, app):
     return folder
 
 
-def tidy_apps(ctl, old, new):
+def tidy_apps(ctl, old, new, keep_logs=False):
     """Remove pages and logs of apps that are in no record any more."""
     import shutil
     kept = {(name, app["ns"], app["port"]) for name, vpc in new.items() for app in vpc["apps"]}
@@ -2904,7 +3020,8 @@ def tidy_apps(ctl, old, new):
         for app in vpc["apps"]:
             if (name, app["ns"], app["port"]) not in kept:
                 shutil.rmtree(page_folder(name, app), ignore_errors=True)
-                _unlink(os.path.join(ctl.store.folder, app["log"]))
+                if not keep_logs:
+                    _unlink(os.path.join(ctl.store.folder, app["log"]))
                 for folder in ("%s/%s/www" % (RUN_DIR, name), "%s/%s" % (RUN_DIR, name), RUN_DIR):
                     _rmdir(folder)
 
@@ -3033,8 +3150,9 @@ def process_name(pid):
         return "gone"
 
 
-def revive_apps(ctl, vpcs):
-    """Start the apps of these VPCs that are gone -> how many."""
+def revive_apps(ctl, vpcs, troubles=None):
+    """Start the apps of these VPCs that are gone -> how many. With `troubles` (a list), one that cannot be started does
+    not stop the others, and (VPC name, app, Problem) goes there."""
     gone = [(vpc["name"], app) for vpc in vpcs for app in vpc["apps"] if not is_alive(app)]
     missing = []
     for vpc_name, app in gone:
@@ -3044,7 +3162,16 @@ def revive_apps(ctl, vpcs):
         else:
             app["cmd"] = list(app_command(app["ns"], app["port"], app.get("command") or ()))
             missing.append((vpc_name, app))
-    start_apps(ctl, missing)
+    try:
+        start_apps(ctl, missing)
+    except Problem:
+        if troubles is None:
+            raise
+        for vpc_name, app in missing:
+            try:
+                start_apps(ctl, [(vpc_name, app)])
+            except Problem as problem:
+                troubles.append((vpc_name, app, problem))
     return len(gone)
 
 
@@ -4955,7 +5082,8 @@ def obey(words):
     except Failure as failure:
         return complain(Problem("`%s` failed: %s" % (shown(failure.argv), failure.said.strip()), "", 3))
     except Interrupted as stop:
-        say_error("stopped by signal %d; nothing is left half done" % stop.args[0])
+        say_error("stopped by signal %d; %s" % (stop.args[0], "the change had been finished" if len(stop.args) > 1
+                                                else "nothing is left half done"))
         return 128 + stop.args[0]
     except KeyboardInterrupt:
         return 130
@@ -4980,7 +5108,8 @@ def dispatch(ctl, entry, options):
             heal_first(ctl, [getattr(options, field) for field in ("vpc", "vpc1", "vpc2") if getattr(options, field, None)])
         code = entry["handler"](ctl, options)
         outcome = "done"
-        ctl.run.heed()
+        if ctl.run.stopped_by:
+            raise Interrupted(ctl.run.stopped_by, "finished")
         return code
     except Problem as problem:
         outcome = "refused: %s" % problem if problem.code == 2 else "failed: %s" % problem
@@ -5042,6 +5171,11 @@ def open_streams():
                                             "replace", line_buffering=name == "stderr" or os.isatty(number)))
 
 
-if __name__ == "__main__":
+def start():
+    """Be the command `vpcctl`; never returns."""
     open_streams()
     sys.exit(main())
+
+
+if __name__ == "__main__":
+    start()
