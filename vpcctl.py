@@ -158,7 +158,7 @@ def rule_key(tokens):
 def as_network(text):
     """An IPv4 block without host bits -> ipaddress.IPv4Network; Problem otherwise."""
     import ipaddress
-    if not re.match(r"\d+\.\d+\.\d+\.\d+/\d+\Z", text):
+    if not re.match(r"[0-9.]+/[0-9]+\Z", text):
         raise Problem("'%s' is not an IPv4 block" % text, "write it like 10.20.0.0/16")
     try:
         return ipaddress.IPv4Network(text)
@@ -210,7 +210,7 @@ def address_type(text):
 
 def port_type(text):
     """argparse type: a port, 1 to 65535."""
-    if not re.match(r"\d{1,5}\Z", text) or not 1 <= int(text) <= 65535:
+    if not re.match(r"[0-9]{1,5}\Z", text) or not 1 <= int(text) <= 65535:
         raise argparse.ArgumentTypeError("'%s' is not a port: a number from 1 to 65535" % text)
     return int(text)
 
@@ -735,8 +735,8 @@ def say_error(text):
 
 # ------------------------------------------------------------------------------------------------ the store
 
-_ADDRESS = r"\d{1,3}\.\d{1,3}\.\d{1,3}\.\d{1,3}"
-_BLOCK = _ADDRESS + r"/\d{1,2}"
+_ADDRESS = r"[0-9]{1,3}\.[0-9]{1,3}\.[0-9]{1,3}\.[0-9]{1,3}"
+_BLOCK = _ADDRESS + r"/[0-9]{1,2}"
 _DEVICE = r"[A-Za-z0-9][A-Za-z0-9_.@:-]{0,14}"
 _LABEL = r"[A-Za-z0-9][A-Za-z0-9_-]{0,79}"
 _NAME = r"[A-Za-z0-9][A-Za-z0-9_-]{0,31}"
@@ -2867,7 +2867,7 @@ def check_rule(rule, direction, place):
         if rule["protocol"] == "icmp":
             raise Problem("%s: icmp has no port" % place)
         port = rule["port"]
-        ends = re.match(r"(\d{1,5})-(\d{1,5})\Z", port) if isinstance(port, str) else None
+        ends = re.match(r"([0-9]{1,5})-([0-9]{1,5})\Z", port) if isinstance(port, str) else None
         low, high = map(int, ends.groups()) if ends else (port, port)
         if isinstance(low, bool) or not isinstance(low, int) or not 1 <= low <= high <= 65535:
             raise Problem("%s: port is %s" % (place, json.dumps(port)), 'a number from 1 to 65535, or "8000-8100"')
@@ -2875,7 +2875,7 @@ def check_rule(rule, direction, place):
         peer = rule[side]
         if not isinstance(peer, str):
             raise Problem("%s: %s is %s" % (place, side, json.dumps(peer)), "a block or a subnet of this VPC")
-        if re.match(r"[\d.]+(/\d*)?\Z", peer) and "." in peer:
+        if re.match(r"[0-9.]+(/[0-9]*)?\Z", peer) and "." in peer:
             try:
                 as_network(peer)
             except Problem as problem:
@@ -4515,7 +4515,15 @@ def sandbox_argv(script, command, root):
     argv = ["unshare", "--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
     if not root:
         argv += ["--user", "--map-root-user"]   # root in there, and nothing but oneself outside
-    return argv + [sys.executable or "python3", script, "__sandbox-init", "--"] + command
+    return argv + own_command(script) + ["__sandbox-init", "--"] + command
+
+
+def own_command(script):
+    """Return the command line that starts this very file again, with the Python that runs it now."""
+    python, folder = sys.executable or "python3", os.path.dirname(script)
+    if os.path.basename(script) != "vpcctl.py":
+        return [python, script]
+    return [python, "-ISc", "import sys; sys.path.insert(0, %r); import vpcctl; vpcctl.start()" % folder]
 
 
 def enter_sandbox(script, command):
@@ -4721,8 +4729,8 @@ def sandbox_environment(command):
     folder = SANDBOX_RUN + "/bin"
     os.makedirs(folder)
     os.makedirs("/run/vpcctl-data")
-    wrapper = "#!/bin/sh\nexec %s %s \"$@\"\n" % (shlex.quote(sys.executable or "python3"),
-                                                 shlex.quote(os.path.realpath(__file__)))
+    own = own_command(os.path.realpath(__file__))
+    wrapper = "#!/bin/sh\nexec %s \"$@\"\n" % " ".join(shlex.quote(word) for word in own)
     for name, text in (("vpcctl", wrapper), ("sudo", SANDBOX_SUDO)):
         with open(os.path.join(folder, name), "w") as handle:
             handle.write(text)
@@ -4953,10 +4961,19 @@ def flag_check(ctl, _args):
     return 1 if faults else 0
 
 
+def is_handler(thing):
+    """Whether something looks like a command's handler: a function of (ctl, args)."""
+    code = getattr(thing, "__code__", None)
+    return code is not None and [word.lstrip("_") for word in code.co_varnames[:code.co_argcount]] == ["ctl", "args"]
+
+
 def parser_faults():
     """What is wrong with the command table -> list of texts."""
-    faults = []
+    faults = ["the option %s has no help" % flags[0] for flags, options in GLOBAL_OPTIONS if not options.get("help")]
     parser = build_parser()
+    handlers = {entry["handler"] for entry in COMMANDS.values()}
+    faults += ["the handler %s has no command" % name for name, thing in sorted(globals().items())
+               if is_handler(thing) and thing not in handlers]
     handlers = set()
     for name, entry in COMMANDS.items():
         if entry["handler"] in handlers:

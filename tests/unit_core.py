@@ -1,0 +1,975 @@
+"""Plans, names, addresses, policies and records as text: no root, no process, milliseconds."""
+
+import glob
+import io
+import itertools
+import json
+import os
+import re
+import sys
+import time
+import types
+import unittest
+
+from support import VPCCTL
+
+sys.path.insert(0, os.path.dirname(VPCCTL))
+import vpcctl as tool  # noqa: E402
+
+DESK = types.SimpleNamespace(dry_run=True)      # asks the host nothing
+POLICIES = os.path.join(os.path.dirname(VPCCTL), "policies")
+
+
+def make_vpc(world, name, cidr, *subnets):
+    """Put a VPC with subnets (name, block) into a world; returns its record."""
+    vpc = world[name] = tool.new_vpc(DESK, name, cidr, world)
+    for subnet, block in subnets:
+        make_subnet(world, name, subnet, block)
+    return vpc
+
+
+def make_subnet(world, vpc, name, block=None, gateway=None):
+    """Put a subnet into a VPC of a world; returns its record."""
+    made = tool.new_subnet(DESK, world[vpc], name, block, gateway, world)
+    world[vpc]["subnets"].append(made)
+    return made
+
+
+def blog():
+    """The tutorial's VPC and a second one."""
+    world = {}
+    make_vpc(world, "blog", "10.20.0.0/16", ("web", "10.20.1.0/24"))
+    make_vpc(world, "shop", "10.30.0.0/16", ("api", "10.30.1.0/24"))
+    return world
+
+
+def as_text(text):
+    """Echoed commands without the marks; the random half of a namespace's id is left out."""
+    return re.sub(r"(ip netns set \S+) \d+", r"\1 ID", text.replace(">>> ", "")).splitlines()
+
+
+def made(steps):
+    """The commands that make steps, in the order in which they run."""
+    out = io.StringIO()
+    pairs = [(None, step) for step in sorted(steps, key=lambda step: step.phase)]
+    tool.Executor(dry_run=True, out=out).make(pairs, [])
+    return as_text(out.getvalue())
+
+
+def unmade(steps):
+    """The commands that take steps back, in the order in which they run."""
+    out = io.StringIO()
+    tool.Executor(dry_run=True, out=out).take_back(steps)
+    return as_text(out.getvalue())
+
+
+class TextTest(unittest.TestCase):
+    """Compares commands line by line."""
+
+    maxDiff = None
+
+    def assert_lines(self, found, expected):
+        """The commands are those of an indented text."""
+        self.assertEqual([re.sub(r" -m comment --comment (\S+)$", r" # \1", line) for line in found],
+                         [line.strip() for line in expected.strip().splitlines()])
+
+    def assert_problem(self, text, call, *args, hint="", code=2):
+        """The call is refused with a message that holds `text` (and a hint that holds `hint`)."""
+        with self.assertRaises(tool.Problem) as caught:
+            call(*args)
+        self.assertIn(text, str(caught.exception))
+        self.assertIn(hint, caught.exception.hint)
+        self.assertEqual(caught.exception.code, code)
+
+
+# In the expected texts `# word` stands for `-m comment --comment word`.
+class PlanTest(TextTest):
+    """What the plans say, as one would type it."""
+
+    def test_vpc(self):
+        self.assert_lines(made(tool.plan_vpc(blog()["blog"])), """
+            ip link add br-blog type bridge
+            ip link set br-blog alias vpcctl:blog
+            ip link set br-blog address 02:76:0a:14:00:01
+            sysctl -w net.ipv6.conf.br-blog.disable_ipv6=1
+            sysctl -w net.ipv4.conf.br-blog.forwarding=1
+            sysctl -w net.ipv4.conf.br-blog.rp_filter=1
+            sysctl -w net.ipv4.conf.br-blog.arp_ignore=1
+            sysctl -w net.ipv4.conf.br-blog.send_redirects=0
+            ip addr add 10.20.0.1/16 dev br-blog
+            ip link set br-blog up
+            ip route add 10.20.0.0/16 dev br-blog table 7001 proto 118
+            ip route add unreachable 10.20.0.0/16 table 7000 proto 118
+            ip rule add pref 7001 iif br-blog lookup 7001 protocol 118
+            ip rule add pref 7002 iif br-blog lookup 7000 protocol 118
+            ip rule add pref 7004 iif br-blog unreachable protocol 118
+            iptables -N vpc-src-blog
+            iptables -A vpc-src-blog -j DROP # vpcctl:blog
+            iptables -N vpc-blog
+            iptables -A vpc-blog -j DROP # vpcctl:blog
+            iptables -I vpc-blog 1 -i br-blog -j vpc-src-blog # vpcctl:blog
+            iptables -I vpc-blog 2 -s 10.20.0.0/16 -d 10.20.0.0/16 -i br-blog -o br-blog -j ACCEPT # vpcctl:blog
+            iptables -N vpc-in-blog
+            iptables -A vpc-in-blog -j DROP # vpcctl:blog
+            iptables -I vpc-in-blog 1 -j vpc-src-blog # vpcctl:blog
+            iptables -I vpc-in-blog 2 -m conntrack --ctstate RELATED,ESTABLISHED --ctdir REPLY -j ACCEPT # vpcctl:blog
+            iptables -I vpc-in-blog 2 -s 10.20.0.0/16 -d 10.20.0.0/16 -p icmp --icmp-type 8 -j ACCEPT # vpcctl:blog
+            iptables -I FORWARD 1 -o br-blog -j vpc-blog # vpcctl:blog
+            iptables -I FORWARD 1 -i br-blog -j vpc-blog # vpcctl:blog
+            iptables -I INPUT 1 -i br-blog -j vpc-in-blog # vpcctl:blog
+            """)
+
+    def test_vpc_taken_back(self):
+        self.assert_lines(unmade(tool.plan_vpc(blog()["blog"])), """
+            iptables -D INPUT -i br-blog -j vpc-in-blog # vpcctl:blog
+            iptables -D FORWARD -i br-blog -j vpc-blog # vpcctl:blog
+            iptables -D FORWARD -o br-blog -j vpc-blog # vpcctl:blog
+            iptables -F vpc-in-blog
+            iptables -F vpc-blog
+            iptables -F vpc-src-blog
+            iptables -X vpc-in-blog
+            iptables -X vpc-blog
+            iptables -X vpc-src-blog
+            ip rule del pref 7004 iif br-blog unreachable protocol 118
+            ip rule del pref 7002 iif br-blog lookup 7000 protocol 118
+            ip rule del pref 7001 iif br-blog lookup 7001 protocol 118
+            ip route del unreachable 10.20.0.0/16 table 7000 proto 118
+            ip link del br-blog
+            """)
+
+    def test_subnet(self):
+        vpc = blog()["blog"]
+        self.assert_lines(made(tool.plan_subnet(vpc, vpc["subnets"][0])), """
+            ip netns add ns-blog-web
+            ip netns set ns-blog-web ID
+            ip link add v-blog-web-a address 02:76:0a:14:01:02 netns ns-blog-web type veth peer name v-blog-web-b
+            ip link set v-blog-web-b alias vpcctl:blog
+            sysctl -w net.ipv6.conf.v-blog-web-b.disable_ipv6=1
+            ip link set v-blog-web-b master br-blog
+            ip link set v-blog-web-b type bridge_slave isolated on learning off flood off mcast_flood off
+            ip link set v-blog-web-b type bridge_slave locked on
+            bridge fdb replace 02:76:0a:14:01:02 dev v-blog-web-b master static
+            ip addr add 10.20.1.1/24 dev br-blog
+            ip neigh replace 10.20.1.2 lladdr 02:76:0a:14:01:02 dev br-blog nud permanent
+            ip netns exec ns-blog-web sysctl -w net.ipv6.conf.all.disable_ipv6=1
+            ip netns exec ns-blog-web sysctl -w net.ipv6.conf.default.disable_ipv6=1
+            ip netns exec ns-blog-web sysctl -w net.ipv4.conf.all.accept_redirects=0
+            ip netns exec ns-blog-web sysctl -w net.ipv4.conf.default.accept_redirects=0
+            ip netns exec ns-blog-web sysctl -w net.ipv4.ip_unprivileged_port_start=0
+            ip -n ns-blog-web link set lo up
+            ip -n ns-blog-web addr add 10.20.1.2/24 dev v-blog-web-a
+            ip -n ns-blog-web link set v-blog-web-a up
+            ip -n ns-blog-web route add default via 10.20.1.1
+            iptables -I vpc-src-blog 1 -s 10.20.1.0/24 -m mac --mac-source 02:76:0a:14:01:02 -j RETURN # vpcctl:blog
+            ip link set v-blog-web-b up
+            mkdir -p /etc/netns/ns-blog-web
+            ln -s /run/vpcctl/blog/hosts /etc/netns/ns-blog-web/hosts
+            ln -s /run/vpcctl/blog/resolv.conf /etc/netns/ns-blog-web/resolv.conf
+            """)
+
+    def test_subnet_taken_back(self):
+        vpc = blog()["blog"]
+        self.assert_lines(unmade(tool.plan_subnet(vpc, vpc["subnets"][0])), """
+            rm -f /etc/netns/ns-blog-web/resolv.conf
+            rm -f /etc/netns/ns-blog-web/hosts
+            rmdir /etc/netns/ns-blog-web
+            iptables -D vpc-src-blog -s 10.20.1.0/24 -m mac --mac-source 02:76:0a:14:01:02 -j RETURN # vpcctl:blog
+            ip neigh del 10.20.1.2 dev br-blog
+            ip addr del 10.20.1.1/24 dev br-blog
+            ip link del v-blog-web-b
+            ip netns del ns-blog-web
+            """)
+
+    def peered(self):
+        world = blog()
+        tool.add_peering(DESK, world, world["blog"], world["shop"], ["10.20.1.0/24", "10.30.1.0/24"])
+        return tool.plan_peering(world["blog"], world["shop"], world["blog"]["peers"][0])
+
+    def test_peering(self):
+        self.assert_lines(made(self.peered()), """
+            ip link add pv-blog-shop-a type veth peer name pv-blog-shop-b
+            ip link set pv-blog-shop-a alias vpcctl:blog
+            ip link set pv-blog-shop-b alias vpcctl:shop
+            sysctl -w net.ipv6.conf.pv-blog-shop-a.disable_ipv6=1
+            sysctl -w net.ipv6.conf.pv-blog-shop-b.disable_ipv6=1
+            ip link set pv-blog-shop-a master br-blog
+            ip link set pv-blog-shop-a type bridge_slave isolated on learning off flood off mcast_flood off
+            ip link set pv-blog-shop-a type bridge_slave bcast_flood off
+            ip link set pv-blog-shop-b master br-shop
+            ip link set pv-blog-shop-b type bridge_slave isolated on learning off flood off mcast_flood off
+            ip link set pv-blog-shop-b type bridge_slave bcast_flood off
+            ip route add 10.30.1.0/24 dev br-shop table 7001 proto 118
+            ip route add 10.20.1.0/24 dev br-blog table 7002 proto 118
+            iptables -N vpc-peer-blog-shop
+            iptables -A vpc-peer-blog-shop -i br-blog -o br-shop -j DROP # vpcctl
+            iptables -I vpc-blog 2 -j vpc-peer-blog-shop # peer-shop-10.20.1.0/24,10.30.1.0/24
+            iptables -A vpc-peer-blog-shop -i br-shop -o br-blog -j DROP # vpcctl
+            iptables -I vpc-shop 2 -j vpc-peer-blog-shop # peer-blog-10.20.1.0/24,10.30.1.0/24
+            iptables -I vpc-peer-blog-shop 1 -s 10.20.1.0/24 -d 10.30.1.0/24 -i br-blog -o br-shop -j ACCEPT # peer-allow
+            iptables -I vpc-peer-blog-shop 1 -s 10.30.1.0/24 -d 10.20.1.0/24 -i br-shop -o br-blog -j ACCEPT # peer-allow
+            iptables -I vpc-peer-blog-shop 1 -i br-blog -j vpc-src-blog # peer-source
+            iptables -I vpc-peer-blog-shop 1 -i br-shop -j vpc-src-shop # peer-source
+            ip link set pv-blog-shop-a up
+            ip link set pv-blog-shop-b up
+            """)
+
+    def test_peering_taken_back(self):
+        self.assert_lines(unmade(self.peered()), """
+            iptables -D vpc-shop -j vpc-peer-blog-shop # peer-blog-10.20.1.0/24,10.30.1.0/24
+            iptables -D vpc-blog -j vpc-peer-blog-shop # peer-shop-10.20.1.0/24,10.30.1.0/24
+            iptables -F vpc-peer-blog-shop
+            iptables -X vpc-peer-blog-shop
+            ip route del 10.20.1.0/24 dev br-blog table 7002 proto 118
+            ip route del 10.30.1.0/24 dev br-shop table 7001 proto 118
+            ip link del pv-blog-shop-a
+            """)
+
+    def nat(self, subnets=None):
+        vpc = blog()["blog"]
+        vpc["nat"] = {"interface": "eth0", "subnets": subnets, "dns": ["192.0.2.53"]}
+        vpc["forward"] = {"was": "0", "kept_off": ["wlan0"]}
+        return vpc
+
+    def test_nat(self):
+        self.assert_lines(made(tool.plan_nat(self.nat())), """
+            ip rule add pref 7003 iif br-blog from 10.20.0.0/16 lookup main protocol 118
+            iptables -t nat -A POSTROUTING -s 10.20.0.0/16 -o eth0 -j MASQUERADE # vpcctl-nat-blog
+            iptables -I vpc-blog 2 -s 10.20.0.0/16 -i br-blog -o eth0 -j ACCEPT # vpcctl:blog
+            iptables -I vpc-blog 2 -d 10.20.0.0/16 -i eth0 -o br-blog -m conntrack --ctstate RELATED,ESTABLISHED --ctdir REPLY -j ACCEPT # vpcctl:blog
+            """)
+
+    def test_nat_taken_back(self):
+        self.assert_lines(unmade(tool.plan_nat(self.nat())), """
+            iptables -D vpc-blog -d 10.20.0.0/16 -i eth0 -o br-blog -m conntrack --ctstate RELATED,ESTABLISHED --ctdir REPLY -j ACCEPT # vpcctl:blog
+            iptables -D vpc-blog -s 10.20.0.0/16 -i br-blog -o eth0 -j ACCEPT # vpcctl:blog
+            iptables -t nat -D POSTROUTING -s 10.20.0.0/16 -o eth0 -j MASQUERADE # vpcctl-nat-blog
+            ip rule del pref 7003 iif br-blog from 10.20.0.0/16 lookup main protocol 118
+            """)
+
+    def test_nat_of_one_subnet_names_only_its_block(self):
+        lines = made(tool.plan_nat(self.nat(["web"])))
+        self.assertEqual(len(lines), len(made(tool.plan_nat(self.nat()))))
+        for line in lines:
+            self.assertIn("10.20.1.0/24", line)
+
+    def test_forwarding_is_put_back(self):
+        world = dict(blog(), blog=self.nat())
+        steps = tool.plan_forwarding(world, [world["blog"]])
+        self.assert_lines(made(steps), """
+            sysctl -w net.ipv4.ip_forward=1
+            sysctl -w net.ipv4.conf.wlan0.forwarding=0
+            iptables -N vpcctl-guard
+            iptables -I vpcctl-guard 1 -i eth0 -m conntrack --ctstate RELATED,ESTABLISHED,DNAT -j RETURN # vpcctl
+            iptables -A vpcctl-guard -i eth0 -j DROP # vpcctl
+            iptables -I FORWARD 1 -j vpcctl-guard # vpcctl
+            """)
+        self.assert_lines(unmade(steps), """
+            iptables -D FORWARD -j vpcctl-guard # vpcctl
+            iptables -F vpcctl-guard
+            iptables -X vpcctl-guard
+            sysctl -w net.ipv4.ip_forward=0
+            sysctl -w net.ipv4.conf.br-blog.forwarding=1
+            sysctl -w net.ipv4.conf.br-shop.forwarding=1
+            """)
+        world["blog"]["forward"]["was"] = "1"
+        steps = tool.plan_forwarding(world, [world["blog"]])
+        self.assertEqual(unmade(steps), [], "it was on before: it stays on")
+
+    def test_policy(self):
+        vpc = blog()["blog"]
+        self.assert_lines(made(tool.plan_policy(vpc, vpc["subnets"][0])), """
+            ip netns exec ns-blog-web iptables -A INPUT -i lo -j ACCEPT # policy-ingress-loopback
+            ip netns exec ns-blog-web iptables -A INPUT -m conntrack --ctstate RELATED,ESTABLISHED --ctdir REPLY -j ACCEPT # policy-ingress-replies
+            ip netns exec ns-blog-web iptables -A INPUT -p icmp -m conntrack --ctstate RELATED -j ACCEPT # policy-ingress-errors
+            ip netns exec ns-blog-web iptables -A INPUT -p tcp --dport 22 -j DROP # policy-ingress-deny-22
+            ip netns exec ns-blog-web iptables -A INPUT -p tcp --dport 80 -j ACCEPT # policy-ingress-allow-80
+            ip netns exec ns-blog-web iptables -A INPUT -p tcp --dport 443 -j ACCEPT # policy-ingress-allow-443
+            ip netns exec ns-blog-web iptables -A OUTPUT -o lo -j ACCEPT # policy-egress-loopback
+            ip netns exec ns-blog-web iptables -A OUTPUT -m conntrack --ctstate RELATED,ESTABLISHED --ctdir REPLY -j ACCEPT # policy-egress-replies
+            ip netns exec ns-blog-web iptables -A OUTPUT -p icmp -m conntrack --ctstate RELATED -j ACCEPT # policy-egress-errors
+            """)
+
+    def test_every_step_has_a_reason_and_a_description(self):
+        world = dict(blog(), blog=self.nat())
+        tool.add_peering(DESK, world, world["blog"], world["shop"], ["10.20.1.0/24", "10.30.1.0/24"])
+        world["blog"]["published"].append({"subnet": "web", "host_port": 8080, "port": 80, "protocol": "tcp",
+                                           "interface": "eth0"})
+        steps = tool.plan(world)
+        self.assertGreater(len(steps), 100)
+        for fact, step in steps.items():
+            self.assertEqual(fact, step.fact)
+            self.assertTrue(step.why, step.do)
+            self.assertLess(len(step.why.split()), 16, step.why)
+            self.assertTrue(tool.describe(step))
+            for argv in step.do + step.undo:
+                self.assertTrue(argv and all(isinstance(word, str) for word in argv), argv)
+
+    def test_what_has_a_holder_is_not_taken_back_twice(self):
+        """A chain's rules go with the chain, a namespace's settings with the namespace."""
+        vpc = blog()["blog"]
+        removed = unmade(list(tool.plan({"blog": vpc}).values()))
+        self.assertIn("iptables -X vpc-blog", removed)
+        self.assertFalse([line for line in removed if line.startswith(("iptables -D vpc-", "ip netns exec"))])
+        self.assertFalse([line for line in removed if "addr del" in line])
+
+    def test_order_of_making_and_taking_back(self):
+        world = blog()
+        steps = list(tool.plan({"blog": world["blog"]}).values())
+        lines = made(steps)
+        place = {key: next(i for i, line in enumerate(lines) if line.startswith(key)) for key in (
+            "ip netns add", "ip link add br-blog", "ip link set v-blog-web-b up", "iptables -I FORWARD",
+            "ip netns exec ns-blog-web iptables")}
+        self.assertLess(place["ip netns add"], place["ip link add br-blog"])
+        for key in ("iptables -I FORWARD", "ip netns exec ns-blog-web iptables"):
+            self.assertLess(place[key], place["ip link set v-blog-web-b up"], "no packet passes before the rules stand")
+        lines = unmade(steps)
+        flushes = [i for i, line in enumerate(lines) if " -F " in line]
+        deletes = [i for i, line in enumerate(lines) if " -X " in line]
+        self.assertLess(max(flushes), min(deletes), "a chain goes when nothing jumps to it any more")
+
+
+class NameTest(TextTest):
+    """Kernel names: short enough, never shared, chosen once."""
+
+    def names(self, world):
+        """Every link, namespace and chain of a world: each once."""
+        found = []
+        for vpc in world.values():
+            found += [("link", vpc["bridge"])] + [("chain", vpc[key]) for key in ("chain", "chain_in", "chain_src")]
+            for subnet in vpc["subnets"]:
+                found += [("ns", subnet["ns"]), ("link", subnet["veth"] + "-a"), ("link", subnet["veth"] + "-b")]
+            for peer in vpc["peers"]:
+                if peer["side"] == "a":
+                    found += [("link", peer["veth_a"]), ("link", peer["veth_b"]), ("chain", peer["chain"])]
+        for kind, name in found:
+            self.assertLessEqual(len(name), {"link": 15, "chain": 28, "ns": 80}[kind], name)
+        self.assertEqual(len(set(found)), len(found), sorted(found))
+        return found
+
+    def test_the_guide_s_names(self):
+        world = {}
+        vpc = make_vpc(world, "blog", "10.20.0.0/16", ("webserver", "10.20.1.0/24"), ("database", "10.20.2.0/24"))
+        self.assertEqual([vpc[key] for key in ("bridge", "chain")], ["br-blog", "vpc-blog"])
+        self.assertEqual([(s["ns"], s["veth"]) for s in vpc["subnets"]],
+                         [("ns-blog-webserver", "v-blog-webser"), ("ns-blog-database", "v-blog-databa")])
+        make_vpc(world, "shop", "10.30.0.0/16")
+        tool.add_peering(DESK, world, vpc, world["shop"], ["10.20.1.0/24", "10.30.1.0/24"])
+        self.assertEqual([vpc["peers"][0][key] for key in ("veth_a", "veth_b", "chain")],
+                         ["pv-blog-shop-a", "pv-blog-shop-b", "vpc-peer-blog-shop"])
+
+    def test_scenario_2(self):
+        """Five subnets whose cables are all called v-microservic-… when cut: the second gets a hash for a tail."""
+        world = {}
+        vpc = make_vpc(world, "microservices", "10.40.0.0/16")
+        for name in ("api-gateway", "user-service", "order-service", "payment-service", "shared-db"):
+            make_subnet(world, "microservices", name)
+        self.assertEqual(vpc["bridge"], "br-microservice")
+        self.assertEqual(vpc["subnets"][0]["ns"], "ns-microservices-api-gateway")
+        self.assertEqual(vpc["subnets"][0]["veth"], "v-microservic")
+        for subnet in vpc["subnets"][1:]:
+            self.assertRegex(subnet["veth"], r"^v-microse[0-9a-f]{4}$")
+        self.names(world)
+
+    def test_same_front_of_a_long_name(self):
+        world, allowed = {}, []
+        for number, tail in enumerate("abc"):
+            name = "a-very-long-name-of-32-letters-" + tail
+            self.assertEqual(len(name), 32)
+            make_vpc(world, name, "10.%d.0.0/16" % number, ("a-very-long-subnet-name-as-well-x", "10.%d.1.0/24" % number))
+            allowed.append("10.%d.1.0/24" % number)
+        for one, two in itertools.combinations(sorted(world), 2):
+            tool.add_peering(DESK, world, world[one], world[two],
+                             [world[name]["subnets"][0]["cidr"] for name in (one, two)])
+        self.names(world)
+
+    def test_two_ways_to_read_ns_a_b_c(self):
+        world = {}
+        make_vpc(world, "a-b", "10.1.0.0/16", ("c", "10.1.1.0/24"))
+        make_vpc(world, "a", "10.2.0.0/16", ("b-c", "10.2.1.0/24"))
+        spaces = [world[name]["subnets"][0]["ns"] for name in ("a-b", "a")]
+        self.assertEqual(spaces[0], "ns-a-b-c")
+        self.assertRegex(spaces[1], r"^ns-a-b-c-[0-9a-f]{4}$")
+        self.names(world)
+
+    def test_chains_of_a_vpc_named_like_another_s_chain(self):
+        """VPC "in-x" would have chain vpc-in-x, which is VPC x's guard chain; and so for src- and peer-."""
+        world = {}
+        for number, name in enumerate(("x", "in-x", "src-x", "peer-x-y", "y")):
+            make_vpc(world, name, "10.%d.0.0/16" % number)
+        tool.add_peering(DESK, world, world["x"], world["y"], ["10.0.0.0/16", "10.4.0.0/16"])
+        self.names(world)
+
+    def test_a_name_is_chosen_once(self):
+        world = {}
+        vpc = make_vpc(world, "microservices", "10.40.0.0/16")
+        first, second = make_subnet(world, "microservices", "one"), make_subnet(world, "microservices", "two")
+        kept = second["veth"]
+        vpc["subnets"].remove(first)
+        self.assertEqual(tool.plan_subnet(vpc, second)[2].fact, ("link", kept + "-b"))
+        self.assertEqual(make_subnet(world, "microservices", "three")["veth"], first["veth"])
+        self.names(world)
+
+    def test_short_name(self):
+        self.assertEqual(tool.short_name("v-", "blog-webserver", "-b", 15, lambda _: False), "v-blog-webser")
+        for limit in (15, 28):
+            for length in range(1, 70):
+                taken = set()
+                for _ in range(4):
+                    name = tool.short_name("v-", "x" * length, "-b", limit, taken.__contains__) + "-b"
+                    self.assertLessEqual(len(name), limit)
+                    self.assertNotIn(name, taken)
+                    taken.add(name)
+        self.assertEqual(tool.short_name("v-", "x" * 30, "-b", 15, {"v-" + "x" * 11 + "-b"}.__contains__),
+                         tool.short_name("v-", "x" * 30, "-b", 15, {"v-" + "x" * 11 + "-b"}.__contains__))
+        self.assert_problem("no free name", tool.short_name, "v-", "x", "", 15, lambda _: True)
+
+    def test_many(self):
+        world = {}
+        for number in range(12):
+            make_vpc(world, "tenant-number-%d" % number, "10.%d.0.0/16" % number)
+            for part in range(12):
+                make_subnet(world, "tenant-number-%d" % number, "application-%d" % part)
+        self.assertEqual(len(self.names(world)), 12 * 4 + 144 * 3)
+
+    def test_what_is_a_name(self):
+        for good in ("a", "0", "test_vpc", "api-gateway", "A" * 32):
+            self.assertEqual(tool.name_type(good), good)
+        for bad in ("", "-a", "_a", "a/b", "..", "a b", "a.b", "a\n", "\na", "A" * 33, "caf\u00e9", "a;b", "$(x)", "a\0"):
+            with self.assertRaises(tool.argparse.ArgumentTypeError, msg=repr(bad)):
+                tool.name_type(bad)
+
+
+class AddressTest(TextTest):
+
+    def subnet(self, vpc, block, gateway=None):
+        world = {}
+        make_vpc(world, "x", vpc)
+        found = make_subnet(world, "x", "s", block, gateway)
+        return found["gw"], found["host_ip"], found["mac"]
+
+    def test_gateway_and_address(self):
+        for vpc, block, gateway, expected in (
+                ("10.20.0.0/16", "10.20.1.0/24", None, ("10.20.1.1", "10.20.1.2")),
+                ("10.20.0.0/16", "10.20.1.0/24", "10.20.1.254", ("10.20.1.254", "10.20.1.1")),
+                ("10.20.0.0/16", "10.20.1.0/24", "10.20.1.2", ("10.20.1.2", "10.20.1.1")),
+                # the subnet holds the bridge's own address 10.20.0.1
+                ("10.20.0.0/16", "10.20.0.0/24", None, ("10.20.0.1", "10.20.0.2")),
+                ("10.20.0.0/16", "10.20.0.0/24", "10.20.0.2", ("10.20.0.2", "10.20.0.3")),
+                ("10.20.0.0/16", "10.20.0.0/16", None, ("10.20.0.1", "10.20.0.2")),
+                ("192.168.100.0/24", "192.168.100.0/24", None, ("192.168.100.1", "192.168.100.2")),
+                ("10.0.0.0/29", "10.0.0.0/29", None, ("10.0.0.1", "10.0.0.2")),
+                ("10.0.0.0/29", "10.0.0.4/30", None, ("10.0.0.5", "10.0.0.6")),
+                ("10.0.0.0/29", "10.0.0.0/30", None, ("10.0.0.1", "10.0.0.2")),
+                ("10.0.0.0/8", "10.255.255.252/30", "10.255.255.254", ("10.255.255.254", "10.255.255.253"))):
+            self.assertEqual(self.subnet(vpc, block, gateway)[:2], expected, (vpc, block, gateway))
+        self.assertEqual(self.subnet("10.20.0.0/16", "10.20.1.0/24")[2], "02:76:0a:14:01:02")
+
+    def test_a_vpc_sized_subnet_leaves_the_vpc_s_address_alone(self):
+        world = {}
+        vpc = make_vpc(world, "x", "10.20.0.0/16", ("all", "10.20.0.0/16"))
+        lines = made(tool.plan_subnet(vpc, vpc["subnets"][0])) + unmade(tool.plan_subnet(vpc, vpc["subnets"][0]))
+        self.assertFalse([line for line in lines if re.search(r"ip addr .* dev br-x", line)])
+        self.assertIn("ip -n ns-x-all addr add 10.20.0.2/16 dev v-x-all-a", lines)
+
+    def test_refused(self):
+        for block, gateway, text, hint in (
+                ("10.21.0.0/24", None, "10.21.0.0/24 is not inside of VPC x (10.20.0.0/16)", "10.20.0.0/24"),
+                ("10.0.0.0/8", None, "is not inside of VPC x", ""),
+                ("10.20.1.0/31", None, "too small", "/30"),
+                ("10.20.1.4/32", None, "too small", "/30"),
+                ("10.20.1.0/24", "10.20.2.1", "gateway 10.20.2.1 is not a usable address", "10.20.1.1 to 10.20.1.254"),
+                ("10.20.1.0/24", "10.20.1.0", "not a usable address", ""),
+                ("10.20.1.0/24", "10.20.1.255", "not a usable address", ""),
+                ("10.20.0.0/30", "10.20.0.2", "no address left", "larger")):
+            self.assert_problem(text, self.subnet, "10.20.0.0/16", block, gateway, hint=hint)
+        world = {}
+        make_vpc(world, "x", "10.20.0.0/16", ("one", "10.20.1.0/24"))
+        for block in ("10.20.1.0/24", "10.20.0.0/16", "10.20.1.128/25"):
+            self.assert_problem("overlaps subnet one (10.20.1.0/24)", make_subnet, world, "x", "two", block,
+                                hint="10.20.0.0/24")
+        self.assertEqual([s["name"] for s in world["x"]["subnets"]], ["one"])
+
+    def test_vpc_ranges(self):
+        for good in ("10.0.0.0/8", "172.16.0.0/12", "192.168.100.0/24", "100.64.0.0/10", "10.0.0.8/29", "8.8.8.0/24"):
+            make_vpc({}, "x", good)
+        for bad, text in (("10.0.0.0/30", "from /8 to /29"), ("0.0.0.0/0", "from /8 to /29"), ("8.0.0.0/7", "from /8"),
+                          ("127.0.0.0/8", "is loopback"), ("224.0.0.0/8", "is multicast"),
+                          ("169.254.0.0/16", "is link-local"), ("0.0.0.0/8", "is unspecified"),
+                          ("240.0.0.0/8", "is reserved")):
+            self.assert_problem(text, make_vpc, {}, "x", bad)
+        make_vpc(blog(), "x", "10.21.0.0/16")
+        self.assert_problem("10.0.0.0/8 overlaps VPC blog", make_vpc, blog(), "x", "10.0.0.0/8")
+        self.assert_problem("10.20.128.0/24 overlaps VPC blog (10.20.0.0/16)", make_vpc, blog(), "x", "10.20.128.0/24")
+
+    def test_first_free_block(self):
+        vpc = {"name": "x", "cidr": "10.20.0.0/16", "subnets": []}
+        for expected in ("10.20.0.0/24", "10.20.1.0/24", "10.20.2.0/24"):
+            self.assertEqual(tool.first_free_block(vpc), expected)
+            vpc["subnets"].append({"cidr": expected})
+        del vpc["subnets"][1]
+        self.assertEqual(tool.first_free_block(vpc), "10.20.1.0/24")
+        vpc["subnets"] = [{"cidr": "10.20.0.64/28"}, {"cidr": "10.20.128.0/17"}]
+        self.assertEqual(tool.first_free_block(vpc), "10.20.1.0/24")
+        vpc = {"name": "x", "cidr": "10.0.0.0/24", "subnets": [{"cidr": "10.0.0.0/26"}]}
+        self.assertEqual(tool.first_free_block(vpc), "10.0.0.128/25")
+        vpc["subnets"].append({"cidr": "10.0.0.128/25"})
+        self.assertEqual(tool.first_free_block(vpc), "10.0.0.64/26")
+        vpc["subnets"].append({"cidr": "10.0.0.64/26"})
+        self.assert_problem("VPC x (10.0.0.0/24) is full", tool.first_free_block, vpc)
+        self.assertEqual(tool.first_free_block({"name": "x", "cidr": "10.0.0.0/29", "subnets": []}), "10.0.0.0/29")
+
+    def test_a_large_range_is_arithmetic(self):
+        began = time.time()
+        world = {}
+        vpc = make_vpc(world, "big", "10.0.0.0/8", ("low", "10.0.0.0/9"), ("next", "10.128.0.0/10"))
+        for expected in ("10.192.0.0/24", "10.192.1.0/24"):
+            self.assertEqual(make_subnet(world, "big", "s" + expected[7], None)["cidr"], expected)
+        vpc["subnets"].append({"name": "rest", "cidr": "10.192.4.0/22", "ns": "n", "veth": "v"})
+        self.assertEqual(tool.first_free_block(vpc), "10.192.2.0/24")
+        self.assertLess(time.time() - began, 0.5, "no list of 16 million hosts")
+
+    def test_what_is_a_block(self):
+        self.assertEqual(str(tool.as_network("10.20.0.0/16")), "10.20.0.0/16")
+        self.assert_problem("'10.20.0.5/16' has host bits set", tool.as_network, "10.20.0.5/16", hint="10.20.0.0/16")
+        for bad in ("", "10.20.0.0", "10.20.0.0/33", "10.20.0/16", "10.20.0.256/32", "::/0", "a", "10.20.0.0/16 ",
+                    "10.20.0.0/16\n", " 10.20.0.0/16", "10.20.0.0/255.255.0.0", "10.20.0.0/-1", "1" * 400 + "/8",
+                    "10.20.0.0/" + "9" * 50, "\u0661\u0660.0.0.0/8"):
+            self.assert_problem("is not an IPv4 block", tool.as_network, bad, hint="like 10.20.0.0/16")
+
+    def test_other_values(self):
+        self.assertEqual(tool.networks_type("10.1.0.0/24, 10.2.0.0/24,10.1.0.0/24"), ["10.1.0.0/24", "10.2.0.0/24"])
+        self.assertEqual(tool.publish_type("8080:80"), (8080, 80))
+        self.assertEqual(tool.publish_type("53"), (53, 53))
+        self.assertEqual(tool.interface_type("wlp2s0.100"), "wlp2s0.100")
+        for call, values in ((tool.port_type, ("0", "65536", "-1", "", "8 0", "1e3", "080000", "\u0663", "x")),
+                             (tool.interface_type, ("", "-o", "a" * 16, "eth0;x", "../x", "a b", "eth0\n")),
+                             (tool.networks_type, ("", ",", "10.0.0.1/8", "x,10.0.0.0/8")),
+                             (tool.names_type, ("a b", "a,-b")),
+                             (tool.publish_type, ("", ":", "80:", "0:80", "80:0", "a:b", "1:2:3")),
+                             (tool.address_type, ("", "10.0.0", "10.0.0.0/8", "::1", "10.0.0.256"))):
+            for value in values:
+                if call is tool.publish_type and value == "80:":
+                    continue
+                with self.assertRaises(tool.argparse.ArgumentTypeError, msg=repr((call.__name__, value))):
+                    call(value)
+
+
+class RuleTest(TextTest):
+
+    def test_rule_key(self):
+        same = (
+            "-s 10.0.0.2/32 -d 10.1.0.0/16 -p tcp -m tcp --dport 80 -j ACCEPT",
+            "-p tcp -m tcp --dport 80 -d 10.1.0.0/16 -s 10.0.0.2 -j ACCEPT",
+            "-j ACCEPT -s 10.0.0.2 -d 10.1.0.0/16 -p tcp --dport 80")
+        self.assertEqual(len({tool.rule_key(rule.split()) for rule in same}), 1)
+        self.assertEqual(tool.rule_key("-p icmp --icmp-type echo-request".split()),
+                         tool.rule_key("-p icmp -m icmp --icmp-type 8".split()))
+        self.assertEqual(tool.rule_key("--ctstate RELATED,ESTABLISHED".split()),
+                         tool.rule_key("--ctstate ESTABLISHED,RELATED".split()))
+        self.assertEqual(tool.rule_key("-m mac --mac-source 02:76:0A:00:00:02".split()),
+                         tool.rule_key("-m mac --mac-source 02:76:0a:00:00:02".split()))
+
+    def test_rule_key_tells_apart(self):
+        """Rules that look alike: 110.1.1.0/24 holds the letters of 10.1.1.0/24."""
+        different = ("-s 10.1.1.0/24 -j ACCEPT", "-s 110.1.1.0/24 -j ACCEPT", "-d 10.1.1.0/24 -j ACCEPT",
+                     "! -s 10.1.1.0/24 -j ACCEPT", "-s 10.1.1.0/24 -j DROP", "-s 10.1.1.0/25 -j ACCEPT",
+                     "-s 10.1.1.0/24 -i br-a -j ACCEPT", "-s 10.1.1.0/24 ! -i br-a -j ACCEPT", "-j ACCEPT",
+                     "-s 10.1.1.0/24 -j ACCEPT -m comment --comment vpcctl:a")
+        self.assertEqual(len({tool.rule_key(rule.split()) for rule in different}), len(different))
+
+    def test_printed_rules_are_read_back(self):
+        text = ('# Generated\n*filter\n:INPUT ACCEPT [3:4]\n:vpc-blog - [0:0]\n[1:2] -A x\n'
+                '-A INPUT -i br-blog -m comment --comment "vpcctl:blog" -j vpc-in-blog\n'
+                '-A vpc-blog -m comment --comment "two words" -j DROP\nCOMMIT\n*nat\n:POSTROUTING ACCEPT [0:0]\nCOMMIT\n')
+        tables = tool.parse_rules(text)
+        self.assertEqual(tables["filter"][0], [("INPUT", "ACCEPT"), ("vpc-blog", "-")])
+        self.assertEqual([chain for chain, _ in tables["filter"][1]], ["INPUT", "vpc-blog"])
+        self.assertEqual([tool.comment_of(rule) for _, rule in tables["filter"][1]], ["vpcctl:blog", "two words"])
+        self.assertEqual(tables["nat"][1], [])
+
+    def test_own_rules_by_their_comment(self):
+        self.assertEqual([tool.comment_vpc(text) for text in
+                          ("vpcctl:blog", "vpcctl-nat-blog", "vpcctl-publish-blog", "vpcctl", "docker", "xvpcctl:blog")],
+                         ["blog", "blog", "blog", None, None, None])
+
+    def test_sysctl_path(self):
+        """An interface eth0.100 has a dot in its name, which is no level of the tree."""
+        self.assertEqual(tool.sysctl_path(tool.link_conf("ipv4", "eth0.100", "forwarding")),
+                         "/proc/sys/net/ipv4/conf/eth0.100/forwarding")
+
+
+class DifferenceTest(TextTest):
+    """What leads from one world to another."""
+
+    def texts(self, old, new):
+        removes, makes = tool.difference(old, new)
+        return unmade(removes), made([step for before, step in makes if before is None]), [
+            step for before, step in makes if before is not None]
+
+    def test_nothing(self):
+        world = blog()
+        self.assertEqual(tool.difference(world, json.loads(json.dumps(world))), ([], []))
+
+    def test_a_vpc_comes_and_goes(self):
+        removed, come, swapped = self.texts({}, {"blog": blog()["blog"]})
+        self.assertEqual((removed, swapped), ([], []))
+        self.assertIn("ip link add br-blog type bridge", come)
+        removed, come, swapped = self.texts({"blog": blog()["blog"]}, {})
+        self.assertEqual((come, swapped), ([], []))
+        self.assertIn("ip link del br-blog", removed)
+        self.assertIn("ip netns del ns-blog-web", removed)
+
+    def test_a_subnet_touches_only_itself(self):
+        old, new = blog(), blog()
+        make_subnet(new, "blog", "db", "10.20.2.0/24")
+        removed, come, swapped = self.texts(old, new)
+        self.assertEqual(removed, [])
+        self.assertEqual([step.fact[:2] for step in swapped], [("file", "/run/vpcctl/blog/hosts")])
+        self.assertTrue(come)
+        for line in come:
+            self.assertRegex(line, r"10\.20\.2\.|ns-blog-db|v-blog-db|02:76:0a:14:02")
+        removed, come, _ = self.texts(new, old)
+        self.assertEqual(come, [])
+        for line in removed:
+            self.assertRegex(line, r"10\.20\.2\.|ns-blog-db|v-blog-db")
+
+    def test_a_policy_is_replaced_not_removed(self):
+        old, new = blog(), blog()
+        new["blog"]["subnets"][0]["policy"] = {"ingress": [{"port": 5432, "protocol": "tcp", "action": "allow"}],
+                                               "egress": []}
+        removed, come, swapped = self.texts(old, new)
+        self.assertEqual((removed, come), ([], []))
+        self.assertEqual([step.fact[:2] for step in swapped], [("policy", "ns-blog-web")])
+
+    def test_nat_and_peering_leave_the_rest_alone(self):
+        old, new = blog(), blog()
+        new["blog"]["nat"] = {"interface": "eth0", "subnets": None, "dns": []}
+        new["blog"]["forward"] = {"was": "0", "kept_off": []}
+        tool.add_peering(DESK, new, new["blog"], new["shop"], ["10.20.1.0/24", "10.30.1.0/24"])
+        removed, come, _ = self.texts(old, new)
+        self.assertEqual(removed, [])
+        back, again, _ = self.texts(new, old)
+        self.assertEqual(again, [])
+        for text in ("MASQUERADE", "pv-blog-shop", "net.ipv4.ip_forward"):
+            self.assertTrue([line for line in come if text in line], text)
+            self.assertTrue([line for line in back if text in line], text)
+        self.assertFalse([line for line in come + back if "v-blog-web" in line or "link add br-" in line])
+
+    def test_the_last_nat_puts_forwarding_back(self):
+        both, one = blog(), blog()
+        for world, names in ((both, ("blog", "shop")), (one, ("shop",))):
+            for name in names:
+                world[name]["nat"] = {"interface": "eth0", "subnets": None, "dns": []}
+                world[name]["forward"] = {"was": "0", "kept_off": []}
+        switch = "sysctl -w net.ipv4.ip_forward=0"
+        self.assertNotIn(switch, self.texts(both, one)[0])
+        self.assertIn(switch, self.texts(one, blog())[0])
+
+
+class PolicyTest(TextTest):
+
+    def rules(self, policy):
+        """A policy's own rules as (chain, short text); the three fixed rules at the head of each chain are left out."""
+        vpc = blog()["blog"]
+        found = []
+        for rule in tool.render_policy(dict({"ingress": [], "egress": []}, **policy), vpc):
+            text = " ".join(rule[2:rule.index("-m") if "-m" in rule and rule[rule.index("-m") + 1] == "comment"
+                                 else len(rule)])
+            if rule[-1].split("-", 2)[2] not in ("loopback", "replies", "errors"):
+                found.append("%s %s" % ({"INPUT": "in", "OUTPUT": "out"}[rule[1]], text))
+        return found
+
+    def test_denies_first(self):
+        self.assertEqual(self.rules({"ingress": [
+            {"port": 80, "protocol": "tcp", "action": "allow"}, {"port": 22, "protocol": "tcp", "action": "deny"}]}),
+            ["in -p tcp --dport 22 -j DROP", "in -p tcp --dport 80 -j ACCEPT"])
+
+    def test_only_allows_is_an_allow_list(self):
+        rule = {"port": 5432, "protocol": "tcp", "action": "allow"}
+        self.assertEqual(self.rules({"ingress": [rule]}), ["in -p tcp --dport 5432 -j ACCEPT", "in -j DROP"])
+        self.assertEqual(self.rules({"egress": [rule]}), ["out -p tcp --dport 5432 -j ACCEPT", "out -j DROP"])
+
+    def test_empty_passes_everything(self):
+        self.assertEqual(self.rules({}), [])
+
+    def test_default_overrides(self):
+        rule = {"port": 5432, "protocol": "tcp", "action": "allow"}
+        self.assertEqual(self.rules({"ingress": [rule], "default": {"ingress": "allow"}})[-1],
+                         "in -p tcp --dport 5432 -j ACCEPT")
+        self.assertEqual(self.rules({"default": {"ingress": "deny", "egress": "deny"}}), ["in -j DROP", "out -j DROP"])
+        self.assertEqual(self.rules({"egress": [dict(rule, action="deny")], "default": {"egress": "deny"}}),
+                         ["out -p tcp --dport 5432 -j DROP", "out -j DROP"])
+
+    def test_kinds_of_rules(self):
+        self.assertEqual(self.rules({"ingress": [
+            {"port": "8000-8100", "protocol": "tcp", "action": "deny"},
+            {"protocol": "udp", "action": "allow"},
+            {"protocol": "icmp", "action": "allow"},
+            {"port": 80, "protocol": "tcp", "action": "allow", "from": "web"},
+            {"port": 81, "protocol": "tcp", "action": "allow", "from": "192.0.2.0/24"}],
+            "egress": [{"protocol": "tcp", "action": "deny", "to": "10.20.9.0/24"}]}),
+            ["in -p tcp --dport 8000:8100 -j DROP", "in -p udp -j ACCEPT", "in -p icmp -j ACCEPT",
+             "in -s 10.20.1.0/24 -p tcp --dport 80 -j ACCEPT", "in -s 192.0.2.0/24 -p tcp --dport 81 -j ACCEPT",
+             "out -d 10.20.9.0/24 -p tcp -j DROP"])
+
+    def test_the_guide_s_comments(self):
+        comments = [rule[-1] for rule in tool.render_policy(self.sample("database.json"), blog()["blog"])]
+        for text in ("policy-ingress-allow-5432", "policy-ingress-deny-22", "policy-egress-allow-80",
+                     "policy-egress-allow-443"):
+            self.assertIn(text, comments)
+
+    @staticmethod
+    def sample(name):
+        with open(os.path.join(POLICIES, name)) as handle:
+            policy = json.load(handle)
+        del policy["subnet"]
+        return policy
+
+    def test_default_in_words(self):
+        for policy, expected in ((tool.DEFAULT_POLICY, ("allow", "allow")),
+                                 (self.sample("web.json"), ("allow", "allow")),
+                                 (self.sample("database.json"), ("allow", "deny")),
+                                 (self.sample("strict-database.json"), ("deny", "deny")),
+                                 (self.sample("quarantine.json"), ("deny", "deny"))):
+            self.assertEqual(tuple(tool.policy_default(policy, way)[0] for way in ("ingress", "egress")), expected)
+
+    def refused(self, policy, text, hint=""):
+        self.assert_problem(text, tool.check_policy, policy, "p.json", hint=hint)
+
+    def test_refusals(self):
+        good = {"port": 80, "protocol": "tcp", "action": "allow"}
+        self.assertEqual(tool.check_policy({"ingress": [good]}, "p.json"), {"ingress": [good], "egress": []})
+        self.refused([], "p.json: a policy is an object")
+        self.refused({"igress": []}, "p.json: unknown key 'igress'", "subnet, ingress, egress, default")
+        self.refused({"ingress": {}}, "p.json: ingress is not a list")
+        self.refused({"egress": None}, "p.json: egress is not a list")
+        for default in ({"ingress": "drop"}, {"in": "deny"}, "deny", [], {"egress": None}):
+            self.refused({"default": default}, "p.json: default is " + json.dumps(default), '"deny"')
+        for changed, text, hint in (
+                ({"action": "Allow"}, 'action is "Allow"', "allow or deny"),
+                ({"action": None}, "action is null", ""),
+                ({"protocol": "TCP"}, 'protocol is "TCP"', "tcp, udp or icmp"),
+                ({"protocol": "sctp"}, 'protocol is "sctp"', ""),
+                ({"protocol": "icmp"}, "icmp has no port", ""),
+                ({"port": 0}, "port is 0", "1 to 65535"),
+                ({"port": 65536}, "port is 65536", ""),
+                ({"port": "80"}, 'port is "80"', ""),
+                ({"port": True}, "port is true", ""),
+                ({"port": 80.0}, "port is 80.0", ""),
+                ({"port": None}, "port is null", ""),
+                ({"port": "90-80"}, 'port is "90-80"', ""),
+                ({"port": "1-70000"}, 'port is "1-70000"', ""),
+                ({"port": "80;x"}, 'port is "80;x"', ""),
+                ({"port": [80]}, "port is [80]", ""),
+                ({"prot": "tcp"}, "has an unknown key 'prot'", "port, protocol, action, from"),
+                ({"to": "10.0.0.0/8"}, "has an unknown key 'to'", "from"),
+                ({"from": 5}, "from is 5", ""),
+                ({"from": "10.0.0.1/8"}, "has host bits set", "10.0.0.0/8"),
+                ({"from": "10.0.0.0"}, "is not an IPv4 block", ""),
+                ({"from": "a b"}, 'from is "a b"', ""),
+                ({"from": "-j"}, 'from is "-j"', "")):
+            rule = dict(good, **changed)
+            self.refused({"ingress": [good, rule]}, "p.json: ingress rule 2", "")
+            self.refused({"ingress": [good, rule]}, text, hint)
+        self.refused({"egress": [dict(good, **{"from": "web"})]}, "p.json: egress rule 1 has an unknown key 'from'", "to")
+        self.refused({"ingress": ["x"]}, "p.json: ingress rule 1 is not an object", '"port": 80')
+        self.refused({"ingress": [{"port": 80, "protocol": "tcp"}]}, "action is null")
+        self.refused({"ingress": [{"port": 80, "action": "allow"}]}, "protocol is null")
+
+    def test_an_unknown_sibling_is_named(self):
+        vpc = blog()["blog"]
+        policy = {"ingress": [{"protocol": "tcp", "action": "allow", "from": "wbe"}]}
+        self.assert_problem("names subnet 'wbe', which VPC blog does not have", tool.render_policy, policy, vpc,
+                            hint="did you mean 'web'?")
+
+
+class SampleTest(TextTest):
+    """Every file in policies/ fits a VPC of the guide, as it is."""
+
+    WORLDS = (("blog", "10.20.0.0/16", (("webserver", "10.20.1.0/24"), ("database", "10.20.2.0/24"))),
+              ("webapp", "10.30.0.0/16", (("loadbalancer", "10.30.1.0/24"), ("appservers", "10.30.2.0/24"),
+                                          ("database", "10.30.3.0/24"))),
+              ("microservices", "10.40.0.0/16", (("order-service", "10.40.3.0/24"), ("payment-service", "10.40.4.0/24"),
+                                                 ("shared-db", "10.40.10.0/24"))),
+              ("dev", "10.50.0.0/16", (("web", "10.50.1.0/24"), ("db", "10.50.2.0/24"))))
+
+    def fits(self, path):
+        """The guide's VPCs in which a policy file can be applied, with the subnet that it finds."""
+        found = {}
+        for name, cidr, subnets in self.WORLDS:
+            vpc = make_vpc({}, name, cidr, *subnets)
+            try:
+                subnet, policy = tool.read_policy(None, vpc, path)
+                self.assertTrue(tool.render_policy(policy, vpc))
+            except tool.Problem as problem:
+                self.assertRegex(str(problem), "has no subnet|which VPC \\S+ does not have")
+            else:
+                found[name] = subnet["name"]
+        return found
+
+    def test_all(self):
+        expected = {"web.json": {"blog": "webserver"},
+                    "web-hardened.json": {"dev": "web"},
+                    "database.json": {"blog": "database", "webapp": "database"},
+                    "strict-database.json": {"blog": "database", "webapp": "database"},
+                    "database-from-web.json": {"blog": "database"},
+                    "payment-service.json": {"microservices": "payment-service"},
+                    "quarantine.json": {"dev": "web"}}
+        files = {os.path.basename(path): self.fits(path) for path in glob.glob(POLICIES + "/*.json")}
+        self.assertEqual(files, expected)
+
+
+class RecordTest(TextTest):
+    """A record is data that vpcctl wrote: anything else is refused before it can do something."""
+
+    def full(self):
+        world = blog()
+        vpc = world["blog"]
+        tool.add_peering(DESK, world, vpc, world["shop"], ["10.20.1.0/24", "10.30.1.0/24"])
+        vpc["nat"] = {"interface": "eth0", "subnets": ["web"], "dns": ["192.0.2.53"]}
+        vpc["forward"] = {"was": "0", "kept_off": ["wlan0"]}
+        vpc["published"].append({"subnet": "web", "host_port": 8080, "port": 80, "protocol": "tcp", "interface": "eth0"})
+        vpc["apps"].append(dict(tool.new_app(vpc, vpc["subnets"][0], 8080, []), pid=4242, start="boot/123"))
+        vpc["host_iptables"] = [list(argv) for argv in tool.recorded_rules(vpc)]
+        return json.loads(json.dumps(vpc))
+
+    def test_a_sound_record(self):
+        tool.check_record(self.full(), "blog")
+
+    def test_the_guide_s_keys(self):
+        record = self.full()
+        self.assertLessEqual({"name", "cidr", "bridge", "chain", "subnets", "host_iptables", "apps", "peers", "nat"},
+                             set(record))
+        self.assertLessEqual({"name", "cidr", "ns", "gw", "host_ip", "veth"}, set(record["subnets"][0]))
+        self.assertLessEqual({"ns", "port", "pid", "cmd"}, set(record["apps"][0]))
+        self.assertLessEqual({"peer_vpc", "veth_a", "veth_b", "allowed"}, set(record["peers"][0]))
+        self.assertEqual(record["nat"]["interface"], "eth0")
+        self.assertTrue(all(argv[0] == "iptables" for argv in record["host_iptables"]))
+
+    def test_refused(self):
+        for path, value in (
+                ("name", "shop"), ("name", "../blog"), ("format", 2), ("format", True), ("cidr", "10.20.0.1/16"),
+                ("cidr", "10.20.0.0/16; rm"), ("bridge", "-x"), ("bridge", "a/b"), ("bridge", "x" * 16),
+                ("chain", "a b"), ("table", 254), ("table", "7001"), ("mac", "zz"), ("surprise", 1), ("subnets", {}),
+                ("subnets.0.ns", "../../x"), ("subnets.0.ns", "-n"), ("subnets.0.cidr", "10.99.0.0/24"),
+                ("subnets.0.gw", "x"), ("subnets.0.policy", []), ("subnets.0.policy", {"ingress": [{"action": "x"}]}),
+                ("subnets.0.policy", {"ingress": [{"protocol": "tcp", "action": "deny", "from": "nobody"}]}),
+                ("subnets.0.extra", 1), ("apps.0.pid", -1), ("apps.0.pid", "1"), ("apps.0.port", 0),
+                ("apps.0.log", "../../etc/passwd"), ("apps.0.cmd", "reboot"), ("apps.0.subnet", "nobody"),
+                ("peers.0.side", "c"), ("peers.0.allowed", ["x"]), ("peers.0.peer_vpc", "../x"),
+                ("nat.interface", "eth0 -j ACCEPT"), ("nat.subnets", ["nobody"]), ("nat.dns", ["x"]),
+                ("forward.was", "2"), ("published.0.host_port", 70000), ("published.0.protocol", "icmp")):
+            record = self.full()
+            place, keys = record, path.split(".")
+            for key in keys[:-1]:
+                place = place[int(key)] if key.isdigit() else place[key]
+            place[keys[-1]] = value
+            with self.assertRaises(ValueError, msg="%s = %r" % (path, value)) as caught:
+                tool.check_record(record, "blog")
+            self.assertNotIsInstance(caught.exception, KeyError)
+        for key in self.full():
+            record = self.full()
+            del record[key]
+            if key in ("nat", "forward"):
+                tool.check_record(record, "blog")
+            else:
+                with self.assertRaises(ValueError, msg=key):
+                    tool.check_record(record, "blog")
+        for whole in ([], None, 5, "x", {}):
+            with self.assertRaises(ValueError):
+                tool.check_record(whole, "blog")
+        record = self.full()
+        record["subnets"].append(record["subnets"][0])
+        with self.assertRaises(ValueError):
+            tool.check_record(record, "blog")
+
+
+class FlagCheckTest(TextTest):
+    """flag-check finds what it is there to find: the command table is broken on purpose, in memory."""
+
+    def setUp(self):
+        kept = {name: dict(entry) for name, entry in tool.COMMANDS.items()}
+
+        def put_back():
+            tool.COMMANDS.clear()
+            tool.COMMANDS.update(kept)
+        self.addCleanup(put_back)
+
+    def faults(self, *words):
+        found = tool.parser_faults()
+        self.assertTrue([text for text in found if all(word in text for word in words)], found)
+
+    def test_sound(self):
+        self.assertEqual(tool.parser_faults(), [])
+
+    def test_option_without_help(self):
+        flags, options = tool.COMMANDS["create"]["arguments"][1]
+        tool.COMMANDS["create"]["arguments"] = (tool.COMMANDS["create"]["arguments"][0],
+                                                (flags, dict(options, help="")))
+        self.faults("create: --cidr has no help")
+
+    def test_example_that_does_not_parse(self):
+        for example in ("create blog", "create blog --cidr 10.20.0.5/16", "create blog --cdir 10.20.0.0/16"):
+            tool.COMMANDS["create"]["example"] = example.split()
+            self.faults("create blog")
+
+    def test_example_of_another_command(self):
+        tool.COMMANDS["create"]["example"] = ["delete", "blog"]
+        self.faults("the example of create is of another command")
+
+    def test_no_handler(self):
+        for handler in (None, lambda ctl, args: None):
+            tool.COMMANDS["delete"]["handler"] = handler
+            self.faults("delete has no handler with help")
+
+    def test_shared_handler(self):
+        tool.COMMANDS["delete"]["handler"] = tool.COMMANDS["create"]["handler"]
+        self.faults("two commands share the handler")
+
+    def test_handler_without_command(self):
+        del tool.COMMANDS["delete-subnet"]
+        self.faults("the handler delete_subnet has no command")
+
+    def test_global_option_without_help(self):
+        kept = tool.GLOBAL_OPTIONS
+        self.addCleanup(setattr, tool, "GLOBAL_OPTIONS", kept)
+        tool.GLOBAL_OPTIONS = kept[:1] + ((kept[1][0], dict(kept[1][1], help="")),) + kept[2:]
+        self.faults("--why has no help")
+
+    def test_what_the_command_answers(self):
+        out = io.StringIO()
+        ctl = types.SimpleNamespace(say=lambda text: out.write(text + "\n"))
+        self.assertFalse(tool.COMMANDS["flag-check"]["handler"](ctl, None))
+        self.assertEqual(out.getvalue(), "Parser check OK\n")
+        tool.COMMANDS["create"]["example"] = ["create"]
+        self.assertEqual(tool.COMMANDS["flag-check"]["handler"](ctl, None), 1)
+        self.assertIn("FAULT: ", out.getvalue())
+
+
+class FloorTest(unittest.TestCase):
+    """Python 3.6 is the floor: what came later is not in the file, whatever Python runs this."""
+
+    def test_no_later_words(self):
+        with open(VPCCTL, encoding="utf-8") as handle:
+            source = handle.read()
+        for pattern in (r":=", r"capture_output", r"\btext=True", r"\.su(b|per)net_of", r"dataclass",
+                        r"from __future__", r"^\s*match .*:$", r"removeprefix|removesuffix", r"missing_ok",
+                        r"shell=True", r"\bos\.system\(", r"\beval\(|\bexec\("):
+            found = [line for line in source.splitlines() if re.search(pattern, line)]
+            self.assertEqual(found, [], pattern)
+
+    def test_only_the_standard_library(self):
+        import ast
+        with open(VPCCTL, encoding="utf-8") as handle:
+            tree = ast.parse(handle.read())
+        top = {name.name for node in tree.body if isinstance(node, ast.Import) for name in node.names}
+        self.assertLessEqual(top, {"argparse", "json", "os", "re", "sys"})
+        used = {(name.name if isinstance(node, ast.Import) else node.module).split(".")[0]
+                for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom)) for name in node.names}
+        for name in sorted(used):
+            __import__(name)
+        self.assertLessEqual(used, set(getattr(sys, "stdlib_module_names", used)))
+
+
+if __name__ == "__main__":
+    unittest.main()
