@@ -29,7 +29,7 @@ import time
 from statistics import median
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-VPCCTL = [sys.executable, os.path.join(os.path.dirname(HERE), "vpcctl.py")]
+VPCCTL = [os.path.join(os.path.dirname(HERE), "vpcctl.py")]     # by its first line, with this Python (see main)
 BASELINE = [sys.executable, "-c", "import argparse, json, ipaddress, subprocess"]
 NULL = subprocess.DEVNULL
 PARTS = ["apply", "small", "grow", "big", "policy", "throughput", "others"]
@@ -162,7 +162,7 @@ class Stock:
         links, rest, tables, rules, chains = [], [], set(), [], []
         for words in plan:
             if words[:3] == ["ip", "link", "add"]:
-                name = words[4 if words[3] in ("dev", "name") else 3]
+                name = words[-1 if words[-2] == "name" else 3]       # of a pair, the end that is on the host
                 links.append(["ip", "link", "set", "dev", name, "group", "4711"])
             elif words[:3] in (["ip", "rule", "add"], ["ip", "netns", "add"]):
                 rest.append(words[:2] + ["del"] + words[3:])
@@ -402,6 +402,7 @@ def main():
     parser.add_argument("parts", nargs="*", metavar="PART", choices=PARTS + ["all"], default="all",
                         help="only these of: " + ", ".join(PARTS))
     args = parser.parse_args()
+    os.environ["PATH"] = os.path.dirname(sys.executable) + ":" + os.environ["PATH"]
     if not os.environ.get("VPCCTL_SANDBOX"):
         argv = VPCCTL + ["sandbox", "--", sys.executable, os.path.abspath(__file__)] + sys.argv[1:]
         os.execv(argv[0], argv + (["--json", args.json] if args.json else []))

@@ -422,7 +422,8 @@ def snapshot():
               ["inet  " + line for line in _lines("ip", "-4", "route", "show", "table", "all")]
               + ["inet6 " + line for line in _lines("ip", "-6", "route", "show", "table", "all")]]
     # these follow from a link's own IPv6 address, a second or two after it
-    routes = [line for line in routes if not re.match(r"inet6 ((local|anycast) )?(fe80|multicast ff00)", line)]
+    derived = re.compile(r"inet6 ((local|anycast) )?(fe80|multicast ff00)")
+    routes = [line for line in routes if not derived.match(line)]
     netns = sorted(os.listdir("/run/netns")) if os.path.isdir("/run/netns") else []
     return {
         "links": snapshot_links(),
