@@ -1375,11 +1375,14 @@ def mending(steps, stale, seen):
 
 def plan_vpc(vpc):
     """A VPC: its switch, its routing table, its firewall chains."""
+    return plan_switch(vpc) + plan_chains(vpc)
+
+
+def plan_switch(vpc):
+    """A VPC's bridge, and the routing that everything which comes in by it obeys."""
     name, bridge, cidr, table = vpc["name"], vpc["bridge"], vpc["cidr"], vpc["table"]
-    link, mark = ("link", bridge), "vpcctl:" + name
+    link = ("link", bridge)
     gateway = "%s/%s" % (first_address(cidr), cidr.split("/")[1])
-    chain, guard, sources = vpc["chain"], vpc["chain_in"], vpc["chain_src"]
-    held = {chosen: ("chain", "filter", chosen) for chosen in (chain, guard, sources)}
     conf = lambda family, switch, value, why: sysctl_step(link_conf(family, bridge, switch), value, why, holder=link)
     return [
         Step(LINK, link, "ip link add %s type bridge" % bridge, "ip link del " + bridge, "the VPC's switch"),
@@ -1403,6 +1406,15 @@ def plan_vpc(vpc):
         lookup_step(PREF_OWN, bridge, "lookup %d" % table, "what comes from this VPC asks this VPC's table"),
         lookup_step(PREF_FENCE, bridge, "lookup " + FENCE_TABLE, "other VPCs stay out of reach"),
         lookup_step(PREF_END, bridge, "unreachable", "and where no table knows a way, there is none"),
+    ]
+
+
+def plan_chains(vpc):
+    """A VPC's firewall chains: who may send, what may pass, what may be asked of the host."""
+    bridge, cidr, mark = vpc["bridge"], vpc["cidr"], ALIAS + vpc["name"]
+    chain, guard, sources = vpc["chain"], vpc["chain_in"], vpc["chain_src"]
+    held = {chosen: ("chain", "filter", chosen) for chosen in (chain, guard, sources)}
+    return [
         chain_step(sources, "who may send: each subnet's addresses from its own port"),
         rule_step(sources, ("-j", "DROP"), "any other sender is forged", place="last", mark=mark, holder=held[sources]),
         chain_step(chain, "what may pass through the VPC"),
@@ -1452,13 +1464,24 @@ def lookup_step(pref, bridge, action, why, selector=""):
 
 
 def plan_subnet(vpc, subnet):
-    """A subnet: its namespace, its cable to the switch, its addresses and routes."""
+    """A subnet: its namespace, its cable to the switch, its addresses, what its programs see in /etc."""
+    space, port = subnet["ns"], subnet["veth"] + "-b"
+    return plan_cable(vpc, subnet) + plan_gateway(vpc, subnet) + plan_inside(subnet) + [
+        source_rule(vpc, subnet),
+        Step(PLUG, ("up", port), "ip link set %s up" % port, (), "switch the cable on, now that all rules stand",
+             ("link", port)),
+        Step(FILE, ("folder", etc_folder(space)), "mkdir -p " + etc_folder(space), "rmdir " + etc_folder(space),
+             "what programs in the subnet see in /etc"),
+        link_step(space, "hosts", vpc["name"], "names of siblings and peers"),
+        link_step(space, "resolv.conf", vpc["name"], "which name server to ask"),
+    ]
+
+
+def plan_cable(vpc, subnet):
+    """A subnet's namespace, and the cable from it to the switch."""
     bridge, space, mark = vpc["bridge"], subnet["ns"], ALIAS + vpc["name"]
     inner_end, port = subnet["veth"] + "-a", subnet["veth"] + "-b"
     held, cable = ("ns", space), ("link", port)
-    length = subnet["cidr"].split("/")[1]
-    gateway, address = "%s/%s" % (subnet["gw"], length), "%s/%s" % (subnet["host_ip"], length)
-    inner_ip = "ip -n %s " % space
     steps = [
         Step(SPACE, held, "ip netns add " + space, "ip netns del " + space, "a network stack of its own"),
         Step(SPACE, ("ours", space), "ip netns set %s %d" % (space, space_mark(space)), (), "marks it as ours", held),
@@ -1467,40 +1490,42 @@ def plan_subnet(vpc, subnet):
         Step(LINK, ("alias", port, mark), "ip link set %s alias %s" % (port, mark), (), "marks it as ours", cable),
         sysctl_step(link_conf("ipv6", port, "disable_ipv6"), "1", "the rules speak IPv4 only", holder=cable),
         Step(WIRE, ("master", port, bridge), "ip link set %s master %s" % (port, bridge), (), "plug it in", cable),
-    ]
-    steps += port_steps(port, cable, "siblings are reached through the gateway only")
+    ] + port_steps(port, cable, "siblings are reached through the gateway only")
     if not vpc.get("unlocked"):
         steps.append(Step(WIRE, ("port", port, "locked", True), "ip link set %s type bridge_slave locked on" % port, (),
                           "only the subnet's own hardware address may send", cable, None,
                           "a workload can use a sibling's hardware address (needs Linux 5.18)"))
-    steps += [
-        Step(WIRE, ("fdb", port, subnet["mac"]), "bridge fdb replace %s dev %s master static" % (subnet["mac"], port), (),
-             "where that hardware address is", cable),
-        Step(WIRE, ("address", bridge, gateway), "ip addr add %s dev %s" % (gateway, bridge),
-             "ip addr del %s dev %s" % (gateway, bridge), "the subnet's gateway", ("link", bridge)),
-        Step(WIRE, ("neighbour", bridge, subnet["host_ip"], subnet["mac"]),
-             "ip neigh replace %s lladdr %s dev %s nud permanent" % (subnet["host_ip"], subnet["mac"], bridge),
-             "ip neigh del %s dev %s" % (subnet["host_ip"], bridge), "no forged ARP answer counts", ("link", bridge)),
-    ]
+    return steps + [Step(WIRE, ("fdb", port, subnet["mac"]), "bridge fdb replace %s dev %s master static"
+                         % (subnet["mac"], port), (), "where that hardware address is", cable)]
+
+
+def plan_gateway(vpc, subnet):
+    """A subnet's gateway, on the switch, and where the host finds the subnet."""
+    bridge, own = vpc["bridge"], ("link", vpc["bridge"])
+    gateway = "%s/%s" % (subnet["gw"], subnet["cidr"].split("/")[1])
+    neighbour = Step(WIRE, ("neighbour", bridge, subnet["host_ip"], subnet["mac"]),
+                     "ip neigh replace %s lladdr %s dev %s nud permanent" % (subnet["host_ip"], subnet["mac"], bridge),
+                     "ip neigh del %s dev %s" % (subnet["host_ip"], bridge), "no forged ARP answer counts", own)
     if gateway == "%s/%s" % (first_address(vpc["cidr"]), vpc["cidr"].split("/")[1]):
-        steps = [step for step in steps if step.fact != ("address", bridge, gateway)]      # it is the VPC's own
-    steps += [Step(INSIDE, ("inside", space, "sysctl", key, value), "ip netns exec %s sysctl -w %s=%s" % (space, key, value),
-                   (), why, held) for key, value, why in NS_SYSCTLS]
-    steps += [
-        Step(INSIDE, ("inside", space, "up", "lo"), inner_ip + "link set lo up", (), "127.0.0.1", held),
-        Step(INSIDE, ("inside", space, "address", inner_end, address), inner_ip + "addr add %s dev %s" % (address, inner_end),
-             (), "the subnet's address", held),
-        Step(INSIDE, ("inside", space, "up", inner_end), inner_ip + "link set %s up" % inner_end, (), "switch it on", held),
-        Step(INSIDE, ("inside", space, "route", "default", subnet["gw"]),
-             inner_ip + "route add default via " + subnet["gw"], (), "everything else through the gateway", held),
-        source_rule(vpc, subnet),
-        Step(PLUG, ("up", port), "ip link set %s up" % port, (), "switch the cable on, now that all rules stand", cable),
-        Step(FILE, ("folder", etc_folder(space)), "mkdir -p " + etc_folder(space), "rmdir " + etc_folder(space),
-             "what programs in the subnet see in /etc"),
-        link_step(space, "hosts", vpc["name"], "names of siblings and peers"),
-        link_step(space, "resolv.conf", vpc["name"], "which name server to ask"),
+        return [neighbour]                        # one subnet fills the VPC: the gateway is the VPC's own
+    return [Step(WIRE, ("address", bridge, gateway), "ip addr add %s dev %s" % (gateway, bridge),
+                 "ip addr del %s dev %s" % (gateway, bridge), "the subnet's gateway", own), neighbour]
+
+
+def plan_inside(subnet):
+    """What is set inside of a subnet's namespace."""
+    space, inner_end, held = subnet["ns"], subnet["veth"] + "-a", ("ns", subnet["ns"])
+    address = "%s/%s" % (subnet["host_ip"], subnet["cidr"].split("/")[1])
+    step = lambda fact, words, why: Step(INSIDE, ("inside", space) + fact, words, (), why, held)
+    return [step(("sysctl", key, value), "ip netns exec %s sysctl -w %s=%s" % (space, key, value), why)
+            for key, value, why in NS_SYSCTLS] + [
+        step(("up", "lo"), "ip -n %s link set lo up" % space, "127.0.0.1"),
+        step(("address", inner_end, address), "ip -n %s addr add %s dev %s" % (space, address, inner_end),
+             "the subnet's address"),
+        step(("up", inner_end), "ip -n %s link set %s up" % (space, inner_end), "switch it on"),
+        step(("route", "default", subnet["gw"]), "ip -n %s route add default via %s" % (space, subnet["gw"]),
+             "everything else through the gateway"),
     ]
-    return steps
 
 
 def source_rule(vpc, subnet):
@@ -1672,11 +1697,11 @@ def policy_default(policy, direction):
     """What happens to traffic that no rule names -> ("allow" or "deny", why)."""
     given = (policy.get("default") or {}).get(direction)
     if given:
-        return given, "as its default says"
+        return given, "its default says so"
     rules = policy.get(direction) or []
     if rules and all(rule["action"] == "allow" for rule in rules):
         return "deny", "a list of only allows is an allow-list"
-    return "allow", "a list with a deny passes what it does not name" if rules else "no rules"
+    return "allow", "a list with a deny passes what it does not name" if rules else "an empty list passes everything"
 
 
 def policy_names(subnet, vpc):
@@ -3944,7 +3969,7 @@ def policy_decision(policy, direction, protocol, port, other_ip, siblings):
             if rule["action"] == action and rule_matches(rule, direction, protocol, port, other_ip, siblings):
                 return action == "allow", "%s rule %d, %s" % (direction, index + 1, rule_text(rule)), index
     default, why = policy_default(policy, direction)
-    return default == "allow", "no %s rule names it, and %s" % (direction, why), None
+    return default == "allow", "no %s rule names it; %s" % (direction, why), None
 
 
 def cut_out(rule, direction, protocol, port, other_ip, siblings):
