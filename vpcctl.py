@@ -603,9 +603,19 @@ class Executor:
             if not patient:
                 self.heed()
             end = self._end_of_lane(commands, position)
+            self.progress(position, len(commands))
             position = self._run_slice(commands, position, end, made)
+        self.progress(0, 0)
         if not patient:
             self.heed()
+
+    def progress(self, done, total):
+        """On a terminal that does not see the commands go by, show how far long work has come; 0 of 0 wipes that."""
+        if self.dry_run or not sys.stderr.isatty() or (sys.stdout.isatty() and not self.quiet):
+            return
+        if total > 500 or not total:
+            sys.stderr.write("\r%d of %d commands … " % (done, total) if total else "\r\033[K")
+            sys.stderr.flush()
 
     @staticmethod
     def _end_of_lane(commands, start):
@@ -651,7 +661,13 @@ class Executor:
         groups = {}
         for item in commands:
             groups.setdefault(lane(item[1])[1], []).append(item)
-        results = in_namespaces(groups, lambda name: run_inside([argv for _, argv, _ in groups[name]]))
+        finished = []
+
+        def work(name):
+            finished.append(len(groups[name]))
+            self.progress(sum(finished), len(commands))
+            return run_inside([argv for _, argv, _ in groups[name]])
+        results = in_namespaces(groups, work)
         trouble = None
         for name, result in results.items():
             done, said = result if isinstance(result, tuple) else (0, str(result))
@@ -3858,7 +3874,7 @@ def ping(address, patience):
                     return "open"
                 if kind[0] == 3 and packet[4:8] in kind:
                     return "no way"
-        except socket.timeout:
+        except (socket.timeout, PermissionError):     # not permitted: its own egress policy dropped it
             return "silence"
         except OSError:
             return "no way"
