@@ -34,7 +34,7 @@ ALIAS = "vpcctl:"                 # our mark on links, followed by the VPC's nam
 PROTOCOL = "118"                  # our mark on routes and routing rules
 FENCE_TABLE = "7000"              # unreachable for every VPC's range: read by VPCs with NAT, after their own table
 FIRST_TABLE = 7001                # route tables of VPCs
-PREF_OWN, PREF_FENCE, PREF_OUT, PREF_END = "7001", "7002", "7003", "7004"
+PREF_OWN, PREF_FENCE, PREF_OUT, PREF_END, PREF_IN, PREF_SHUT = "7001", "7002", "7003", "7004", "7005", "7006"
 MARK_BITS, MARK_SALT = 12, (1 << 12) - 1
 NETNS_DIR, ETC_NETNS, RUN_DIR = "/run/netns", "/etc/netns", "/run/vpcctl"
 NOBODY = 65534
@@ -66,8 +66,9 @@ class Interrupted(Exception):
     """A signal asked us to stop; raised between two commands, never inside one."""
 
 
-# The order in which things of different kinds are made; they are taken back the other way round.
-SPACE, LINK, SYSCTL, WIRE, ROUTE, INSIDE, FIREWALL, PLUG, FILE = range(9)
+# The order in which things of different kinds are made; they are taken back the other way round. It also decides how
+# many processes are started: neighbours in this order that one tool can do ride in one batch.
+SPACE, LINK, SYSCTL, WIRE, ENTRY, ROUTE, INSIDE, FIREWALL, PLUG, FILE = range(10)
 
 
 class Step:
@@ -770,7 +771,7 @@ RECORD_SHAPE = {
     "peers": [{"peer_vpc": _NAME, "veth_a": _DEVICE, "veth_b": _DEVICE, "chain": r"[A-Za-z0-9_-]{1,28}",
                "allowed": [_BLOCK], "side": r"[ab]"}],
     "nat?": {"interface": _DEVICE, "subnets?": [_NAME], "dns": [_ADDRESS]},
-    "forward?": {"was": r"[01]", "kept_off": [_DEVICE]},
+    "forward?": {"was": r"[01]", "kept_off": [_DEVICE], "kept_on?": [_DEVICE]},
     "published": [{"subnet": _NAME, "host_port": _PORT, "port": _PORT, "protocol": r"tcp|udp", "interface": _DEVICE}],
 }
 
@@ -1052,7 +1053,10 @@ def iptables_kind():
     real = os.path.basename(os.path.realpath(path))
     if "nft" in real or "legacy" in real:
         return "nft" if "nft" in real else "legacy"
-    return "nft" if "nf_tables" in call(["iptables", "--version"])[1] else "legacy"
+    code, out, said = call(["iptables", "--version"])
+    if code:
+        raise Failure(("iptables", "--version"), said)
+    return "nft" if "nf_tables" in out else "legacy"
 
 
 # ------------------------------------------------------------------------------------------------ the command table
@@ -1266,9 +1270,10 @@ def as_found(step):
 def check_firewall_kind(world, names):
     """Problem if a VPC's rules were made with the other of the two iptables: each sees only its own rules."""
     kinds = {world[name]["iptables"] for name in names if name in world}
-    if kinds and kinds != {iptables_kind()}:
+    here = iptables_kind() if kinds else ""
+    if kinds and kinds != {here}:
         raise Problem("the VPCs' rules were made with iptables (%s), but this is iptables (%s)" % (
-            ", ".join(sorted(kinds)), iptables_kind()), "switch back, for example: sudo update-alternatives --config iptables", 4)
+            ", ".join(sorted(kinds)), here), "switch back, for example: sudo update-alternatives --config iptables", 4)
 
 
 def nearest(name, names):
@@ -1383,6 +1388,11 @@ def mending(steps, stale, seen):
     for step in steps.values():
         if not seen.holds(step):
             makes.append((seen.replaced(step), step))
+    if any(step.fact == ("sysctl", "net.ipv4.ip_forward", "1") for _, step in makes):
+        # Writing it sets the switch of every interface: those that are to stay off have to be written after it.
+        made = {step.fact for _, step in makes}
+        makes += [(None, step) for fact, step in steps.items()
+                  if step.phase == PLUG and fact[0] == "sysctl" and fact not in made]
     return removes, makes
 
 
@@ -1422,6 +1432,9 @@ def plan_switch(vpc):
         lookup_step(PREF_OWN, bridge, "lookup %d" % table, "what comes from this VPC asks this VPC's table"),
         lookup_step(PREF_FENCE, bridge, "lookup " + FENCE_TABLE, "other VPCs stay out of reach"),
         lookup_step(PREF_END, bridge, "unreachable", "and where no table knows a way, there is none"),
+        lookup_step(PREF_IN, "lo", "lookup main", "the host itself may go to the VPC", "to " + cidr),
+        # Without it, another program's rules put before ours in FORWARD (Docker's) would let its networks in.
+        lookup_step(PREF_SHUT, "", "unreachable", "no other network of the host may", "to " + cidr),
     ]
 
 
@@ -1473,10 +1486,11 @@ def route_step(block, device, table, why, holder):
                 "ip route del %s dev %s table %s proto %s" % (block, device, table, PROTOCOL), why, holder)
 
 
-def lookup_step(pref, bridge, action, why, selector=""):
-    """A routing rule for what comes in by a bridge."""
-    words = "pref %s iif %s %s%s protocol %s" % (pref, bridge, selector and selector + " ", action, PROTOCOL)
-    return Step(ROUTE, ("lookup", pref, bridge, selector, action), "ip rule add " + words, "ip rule del " + words, why)
+def lookup_step(pref, device, action, why, selector=""):
+    """A routing rule for what comes in by a device ("" is any; "lo" is what the host sends itself)."""
+    words = "pref %s %s%s%s protocol %s" % (pref, device and "iif %s " % device, selector and selector + " ", action,
+                                           PROTOCOL)
+    return Step(ROUTE, ("lookup", pref, device, selector, action), "ip rule add " + words, "ip rule del " + words, why)
 
 
 def plan_subnet(vpc, subnet):
@@ -1511,7 +1525,7 @@ def plan_cable(vpc, subnet):
         steps.append(Step(WIRE, ("port", port, "locked", True), "ip link set %s type bridge_slave locked on" % port, (),
                           "only the subnet's own hardware address may send", cable, None,
                           "a workload can use a sibling's hardware address (needs Linux 5.18)"))
-    return steps + [Step(WIRE, ("fdb", port, subnet["mac"]), "bridge fdb replace %s dev %s master static"
+    return steps + [Step(ENTRY, ("fdb", port, subnet["mac"]), "bridge fdb replace %s dev %s master static"
                          % (subnet["mac"], port), (), "where that hardware address is", cable)]
 
 
@@ -1600,8 +1614,9 @@ def plan_nat(vpc):
             lookup_step(PREF_OUT, bridge, "lookup main", "where the host's own packets go", "from " + block),
             rule_step("POSTROUTING", ("-s", block, "-o", uplink, "-j", "MASQUERADE"), "leave with the host's address",
                       "nat", "append", "vpcctl-nat-" + name),
-            rule_step(chain, ("-s", block, "-i", bridge, "-o", uplink, "-j", "ACCEPT"), "out to the internet",
-                      mark=mark, holder=held),
+            # SNAT: already masqueraded. What conntrack calls INVALID is never, and would leave with its own address.
+            rule_step(chain, ("-s", block, "-i", bridge, "-o", uplink, "-m", "conntrack", "--ctstate", "NEW,SNAT",
+                              "-j", "ACCEPT"), "out to the internet", mark=mark, holder=held),
             rule_step(chain, ("-d", block, "-i", uplink, "-o", bridge) + REPLIES + ("-j", "ACCEPT"),
                       "and the answers back", mark=mark, holder=held),
         ]
@@ -1615,25 +1630,29 @@ def file_step(vpc_name, file, text, why):
 
 
 def forwarding_data(vpcs):
-    """On what the host's own part in NAT depends."""
-    uplinks = {vpc["nat"]["interface"] for vpc in vpcs if vpc.get("nat")}
-    uplinks |= {published["interface"] for vpc in vpcs for published in vpc["published"]}
-    return sorted(uplinks), vpcs[0]["forward"]
+    """On what the host's own part in NAT depends: the uplinks of each range, and how the host was before."""
+    ways = {(vpc["cidr"], vpc["nat"]["interface"]) for vpc in vpcs if vpc.get("nat")}
+    ways |= {(vpc["cidr"], published["interface"]) for vpc in vpcs for published in vpc["published"]}
+    return sorted(ways), vpcs[0]["forward"]
 
 
 def plan_forwarding(world, vpcs):
     """The host as a router: on for as long as some VPC has NAT. If it was off before, then only for our packets."""
-    uplinks, forward = forwarding_data(vpcs)
-    was_off = forward["was"] == "0"
-    # Writing 0 clears the switch of every interface, so those of our bridges are set again.
+    ways, forward = forwarding_data(vpcs)
+    uplinks = sorted({uplink for _, uplink in ways})
+    steps = [lookup_step(PREF_IN, uplink, "lookup main", "answers, and what was published", "to " + cidr)
+             for cidr, uplink in ways]
+    if forward["was"] != "0":
+        return steps + [forward_step("net.ipv4.ip_forward", "1", "the host passes packets on")]
+    # Writing 0 clears the switch of every interface, so those of our bridges and those that were on are set again.
     back = [("sysctl", "-w", "net.ipv4.ip_forward=0")] + [
-        ("sysctl", "-w", link_conf("ipv4", vpc["bridge"], "forwarding") + "=1") for vpc in world.values()]
-    steps = [sysctl_step("net.ipv4.ip_forward", "1", "the host passes packets on", tuple(back) if was_off else (),
-                         phase=WIRE)]
-    if not was_off:
-        return steps
-    steps += [sysctl_step(link_conf("ipv4", device, "forwarding"), "0", "as before: only the uplink passes packets on",
-                          optional="the interface is not there", phase=WIRE) for device in forward["kept_off"]]
+        ("sysctl", "-w", link_conf("ipv4", device, "forwarding") + "=1")
+        for device in [vpc["bridge"] for vpc in world.values()] + forward.get("kept_on", [])]
+    steps.append(forward_step("net.ipv4.ip_forward", "1", "the host passes packets on", back))
+    for device in forward["kept_off"]:
+        key, absent = link_conf("ipv4", device, "forwarding"), "the interface is not there"
+        steps.append(forward_step(key, "1", "the way out", [("sysctl", "-w", key + "=0")], absent) if device in uplinks
+                     else forward_step(key, "0", "as before: only the uplink passes packets on", (), absent))
     guard, held = "vpcctl-guard", ("chain", "filter", "vpcctl-guard")
     steps.append(chain_step(guard, "the host was no router before: strangers do not get through it"))
     for uplink in uplinks:
@@ -1645,6 +1664,11 @@ def plan_forwarding(world, vpcs):
     return steps + [jump_step("FORWARD", ("-j", guard), "the host was no router before", "vpcctl")]
 
 
+def forward_step(key, value, why, undo=(), optional=""):
+    """A switch of the host's forwarding: on when all rules stand, off before they go, so that no packet slips between."""
+    return sysctl_step(key, value, why, undo, optional, PLUG)
+
+
 def plan_published(vpc, published):
     """A published port: from outside to this port of this subnet, the answers back, and nothing else."""
     subnet = next(s for s in vpc["subnets"] if s["name"] == published["subnet"])
@@ -1652,12 +1676,13 @@ def plan_published(vpc, published):
     protocol, address, port = published["protocol"], subnet["host_ip"], str(published["port"])
     held, mark = ("chain", "filter", chain), "vpcctl:" + vpc["name"]
     steps = [
-        rule_step("PREROUTING", ("-i", uplink, "-p", protocol, "--dport", str(published["host_port"]), "-j", "DNAT",
-                                 "--to-destination", "%s:%s" % (address, port)),
+        rule_step("PREROUTING", ("-i", uplink, "-p", protocol, "--dport", str(published["host_port"]), "-m", "addrtype",
+                                 "--dst-type", "LOCAL", "-j", "DNAT", "--to-destination", "%s:%s" % (address, port)),
                   "this port of the host is the subnet's", "nat", "append", "vpcctl-publish-" + vpc["name"]),
-        rule_step(chain, ("-d", address, "-i", uplink, "-o", bridge, "-p", protocol, "--dport", port, "-m", "conntrack",
-                          "--ctstate", "DNAT", "--ctorigdstport", str(published["host_port"]), "-j", "ACCEPT"),
-                  "in by the published port", mark=mark, holder=held),
+        # Not from the VPC's own addresses: from outside they are forged, and a policy may trust them.
+        rule_step(chain, ("!", "-s", vpc["cidr"], "-d", address, "-i", uplink, "-o", bridge, "-p", protocol, "--dport", port,
+                          "-m", "conntrack", "--ctstate", "DNAT", "--ctorigdstport", str(published["host_port"]),
+                          "-j", "ACCEPT"), "in by the published port", mark=mark, holder=held),
         rule_step(chain, ("-s", address, "-i", bridge, "-o", uplink, "-p", protocol, "--sport", port) + REPLIES
                   + ("-j", "ACCEPT"), "and the answers back", mark=mark, holder=held)]
     return steps + [lookup_step(PREF_OUT, bridge, "lookup main", "the answers' way out",
@@ -1990,10 +2015,12 @@ def see_routes(seen):
             continue
         source = entry.get("src", "all")
         selector = "" if source == "all" else "from %s%s" % (source, "/%s" % entry["srclen"] if "srclen" in entry else "")
+        if "dst" in entry:
+            selector += "to %s/%s" % (entry["dst"], entry.get("dstlen", 32))
         if "ipproto" in entry:
             selector += " ipproto %s sport %s" % (entry["ipproto"], entry.get("sport", ""))
         action = entry.get("action") or "lookup %s" % entry.get("table")
-        step = lookup_step(str(entry["priority"]), entry.get("iif", "?").split(" ")[0], action, "", selector)
+        step = lookup_step(str(entry["priority"]), entry.get("iif", "").split(" ")[0], action, "", selector)
         seen.facts.add(step.fact)
         seen.owned[step.fact] = bridge_owner(seen, step.fact[2]), step
     for entry in ask("ip", "-j", "-4", "route", "show", "table", "all", "proto", PROTOCOL):
@@ -2648,9 +2675,11 @@ def new_forward(world, uplink):
             return vpc["forward"]
     ours = record_names(world) | {"lo", uplink}
     was = sysctl_value("net.ipv4.ip_forward") or "0"
-    others = [name for name in host_interfaces() if name not in ours
-              and sysctl_value(link_conf("ipv4", name, "forwarding")) == "0"]
-    return {"was": was, "kept_off": others if was == "0" else []}
+    if was != "0":
+        return {"was": was, "kept_off": []}
+    switches = {name: sysctl_value(link_conf("ipv4", name, "forwarding")) for name in host_interfaces()}
+    return {"was": was, "kept_off": [name for name in switches if name not in ours and switches[name] == "0"],
+            "kept_on": [name for name in switches if name not in record_names(world) and switches[name] == "1"]}
 
 
 def settle_forward(vpc, forward=None):
@@ -3857,7 +3886,7 @@ def ping(address, patience):
     import socket
     import struct
     import time
-    number = os.getpid() & 0xffff
+    number = int.from_bytes(os.urandom(2), "big")     # others may be pinging here as well
     body = struct.pack("!BBHHH", 8, 0, 0, number, 1) + b"vpcctl"
     total = sum(struct.unpack("!%dH" % (len(body) // 2), body))
     total = (total & 0xffff) + (total >> 16)
