@@ -434,10 +434,20 @@ def _symlink(*words):
 
 
 def _rmdir(*paths):
+    import errno
     try:
         os.rmdir(paths[-1])
-    except OSError:
-        return                                    # absent, or somebody else's file is in it: leave it
+    except OSError as error:                      # absent, or somebody else's file is in it: leave it
+        if error.errno not in (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EBUSY):
+            raise
+
+
+def remove_tree(folder):
+    """Remove a folder of ours with all in it, and the folder above if that is then empty."""
+    import shutil
+    if os.path.isdir(folder) and not os.path.islink(folder):
+        shutil.rmtree(folder)
+    _rmdir(os.path.dirname(folder))
 
 
 def _tee(path, text):
@@ -767,7 +777,7 @@ RECORD_SHAPE = {
                  "veth": _DEVICE, "mac": r"[0-9a-f:]{17}", "policy": dict}],
     "host_iptables": [list],
     "apps": [{"subnet": _NAME, "ns": _LABEL, "port": _PORT, "pid": (0, 1 << 31), "cmd": [str], "start": str,
-              "command?": [str], "log": r"[A-Za-z0-9_.-]{1,120}"}],
+              "command?": [str], "protocol?": r"udp", "log": r"[A-Za-z0-9_.-]{1,120}"}],
     "peers": [{"peer_vpc": _NAME, "veth_a": _DEVICE, "veth_b": _DEVICE, "chain": r"[A-Za-z0-9_-]{1,28}",
                "allowed": [_BLOCK], "side": r"[ab]"}],
     "nat?": {"interface": _DEVICE, "subnets?": [_NAME], "dns": [_ADDRESS]},
@@ -1237,15 +1247,16 @@ class Control:
         """The change has happened: records first, so that a full disk is noticed while it can be taken back."""
         self.store.save([new[name] for name in sorted(touched) if name in new])
         try:
+            for old in (self.world, {name: vpc for name, vpc in self.intents.items() if vpc}):
+                tidy_apps(self, old, new)
             for name in touched:
                 if name not in new:
+                    remove_tree("%s/%s" % (RUN_DIR, name))
                     self.store.drop(name)
                 self.store.drop(name, "intent")
         except OSError as error:
             raise half_done(Problem("cannot remove %s: %s" % (error.filename, error.strerror),
                                     "`vpcctl restore` finishes it", 3))
-        for old in (self.world, {name: vpc for name, vpc in self.intents.items() if vpc}):
-            tidy_apps(self, old, new)
         self._loaded = (new, {}, self.damaged)
 
     def _settle_back(self, touched, old):
@@ -1468,6 +1479,7 @@ def plan_chains(vpc):
 
 # Replies only: the direction that opened a connection is judged by today's rules, so taking a permission ends it.
 REPLIES = ("-m", "conntrack", "--ctstate", "RELATED,ESTABLISHED", "--ctdir", "REPLY")
+ANSWERS = ("-m", "conntrack", "--ctstate", "ESTABLISHED", "--ctdir", "REPLY")
 # Errors about a connection ("packet too big") come from either side.
 ERRORS = ("-p", "icmp", "-m", "conntrack", "--ctstate", "RELATED")
 
@@ -1665,7 +1677,7 @@ def plan_forwarding(world, vpcs):
 
 
 def forward_step(key, value, why, undo=(), optional=""):
-    """A switch of the host's forwarding: on when all rules stand, off before they go, so that no packet slips between."""
+    """A switch of the host's forwarding: on when all rules stand, off before they go: nothing slips between."""
     return sysctl_step(key, value, why, undo, optional, PLUG)
 
 
@@ -1760,27 +1772,40 @@ def policy_names(subnet, vpc):
 
 
 def render_policy(policy, vpc, names=None):
-    """A policy -> the firewall rules that say it, in order: loopback, replies, denies, allows, the rest."""
+    """A policy -> the firewall rules that say it, in order: loopback, replies, denies, allows, the rest.
+
+    A reply is judged by today's rules for the direction that opened the connection, so that a new deny ends both ways
+    of it: a program that only sends would else go on for as long as it likes.
+    """
     names = policy_names({"name": "?", "policy": policy}, vpc) if names is None else names
     rules = []
-    for direction, chain, way, side, key in (("ingress", "INPUT", "-i", "-s", "from"),
-                                             ("egress", "OUTPUT", "-o", "-d", "to")):
+    for direction, opener, chain, way in (("ingress", "egress", "INPUT", "-i"), ("egress", "ingress", "OUTPUT", "-o")):
         note = lambda text: ("-m", "comment", "--comment", "policy-%s-%s" % (direction, text))
-        rules += [("-A", chain, way, "lo", "-j", "ACCEPT") + note("loopback"),
-                  ("-A", chain) + REPLIES + ("-j", "ACCEPT") + note("replies"),
+        strict = policy_default(policy, opener)[0] == "deny"
+        rules.append(("-A", chain, way, "lo", "-j", "ACCEPT") + note("loopback"))
+        rules += [("-A", chain) + words + ANSWERS + ("-j", target) + note("replies-%s" % label)
+                  for words, target, label in judgements(policy, opener, chain, "--sport", names)
+                  if strict or target == "DROP"]
+        rules += [("-A", chain) + (ANSWERS + ("-j", "DROP") if strict else REPLIES + ("-j", "ACCEPT")) + note("replies"),
                   ("-A", chain) + ERRORS + ("-j", "ACCEPT") + note("errors")]
-        for action, target in (("deny", "DROP"), ("allow", "ACCEPT")):
-            for rule in policy.get(direction) or []:
-                if rule["action"] != action:
-                    continue
-                peer = names.get(rule.get(key), rule.get(key))
-                port = str(rule.get("port", "")).replace("-", ":")
-                rules.append(("-A", chain) + ((side, peer) if peer else ()) + ("-p", rule["protocol"])
-                             + (("--dport", port) if port else ()) + ("-j", target)
-                             + note("%s-%s" % (action, rule.get("port", rule["protocol"]))))
+        rules += [("-A", chain) + words + ("-j", target) + note(label)
+                  for words, target, label in judgements(policy, direction, chain, "--dport", names)]
         if policy_default(policy, direction)[0] == "deny":
             rules.append(("-A", chain, "-j", "DROP") + note("default-deny"))
     return rules
+
+
+def judgements(policy, direction, chain, end, names):
+    """A direction's rules, denies first -> list of (what it matches in that chain, target, label)."""
+    side, key = "-s" if chain == "INPUT" else "-d", "from" if direction == "ingress" else "to"
+    found = []
+    for action, target in (("deny", "DROP"), ("allow", "ACCEPT")):
+        for rule in policy.get(direction) or []:
+            if rule["action"] == action:
+                peer, port = names.get(rule.get(key), rule.get(key)), str(rule.get("port", "")).replace("-", ":")
+                found.append(((side, peer) * bool(peer) + ("-p", rule["protocol"]) + (end, port) * bool(port), target,
+                              "%s-%s" % (action, rule.get("port", rule["protocol"]))))
+    return found
 
 
 def plan_policy(vpc, subnet):
@@ -2343,11 +2368,21 @@ def clear_orphans(ctl, name):
         ctl.note("clearing away what is left of an earlier VPC %s without a record" % name)
     evict(ctl, [step.fact[1] for step in steps if step.fact[0] == "ns"])
     folders = [step.fact[1] for step in steps if step.fact[0] == "ns"]
+    if name is None:
+        folders += lost_folders(ctl, folders)
     steps += [left_file(space, file) for space in folders for file in ("hosts", "resolv.conf")
               if is_our_link("%s/%s" % (etc_folder(space), file))]
     steps += [Step(FILE, ("folder", etc_folder(space)), (), "rmdir " + etc_folder(space)) for space in folders]
     ctl.run.transact(steps, [])
     return len(steps)
+
+
+def lost_folders(ctl, known):
+    """Namespaces for which a file of ours is left in /etc/netns, without a record: after a restart, for example."""
+    kept = {subnet["ns"] for vpc in ctl.world.values() for subnet in vpc["subnets"]} | set(known)
+    found = os.listdir(ETC_NETNS) if os.path.isdir(ETC_NETNS) else []
+    return [space for space in found if space not in kept
+            and any(is_our_link("%s/%s" % (etc_folder(space), file)) for file in ("hosts", "resolv.conf"))]
 
 
 def left_file(space, file):
@@ -2969,7 +3004,8 @@ def deploy_app(ctl, args):
     for app in vpc["apps"]:
         if (app["subnet"], app["port"]) == (args.subnet, args.port):
             if app.get("command") != wanted.get("command"):
-                raise Problem("another program is deployed there on port %d: %s" % (args.port, shown(app["cmd"])),
+                raise Problem("another program is deployed there on port %d: %s" % (
+                    args.port, shown(app["command"]) if app.get("command") else "the usual web page"),
                               "`vpcctl stop-app %s %s --port %d` first" % (args.vpc, args.subnet, args.port))
             return already(ctl, [args.vpc], "the app in subnet %s on port %d is there already" % (args.subnet, args.port))
     vpc["apps"].append(wanted)
@@ -3038,6 +3074,8 @@ def start_apps(ctl, apps):
                     raise silent_app(ctl, app)
                 time.sleep(0.01)
             app["pid"], app["start"] = child.pid, process_start(child.pid)
+            if app["port"] not in listening(str(child.pid), ("tcp", "tcp6")):
+                app["protocol"] = "udp"           # what `explain` and `graph` say of it
             child.returncode = 0                  # it outlives us on purpose: no warning that it was not waited for
     except BaseException:
         for app, child in children:
@@ -3084,15 +3122,14 @@ def prepare_page(vpc_name, app):
 
 def tidy_apps(ctl, old, new, keep_logs=False):
     """Remove pages and logs of apps that are in no record any more."""
-    import shutil
     kept = {(name, app["ns"], app["port"]) for name, vpc in new.items() for app in vpc["apps"]}
     for name, vpc in old.items():
         for app in vpc["apps"]:
             if (name, app["ns"], app["port"]) not in kept:
-                shutil.rmtree(page_folder(name, app), ignore_errors=True)
+                remove_tree(page_folder(name, app))
                 if not keep_logs:
                     _unlink(os.path.join(ctl.store.folder, app["log"]))
-                for folder in ("%s/%s/www" % (RUN_DIR, name), "%s/%s" % (RUN_DIR, name), RUN_DIR):
+                for folder in ("%s/%s" % (RUN_DIR, name), RUN_DIR):
                     _rmdir(folder)
 
 
@@ -3106,15 +3143,15 @@ def app_tag(vpc_name, app):
     return "%s/%s/%d" % (vpc_name, app["subnet"], app["port"])
 
 
-def listening(table="self"):
+def listening(table="self", kinds=("tcp", "tcp6", "udp", "udp6")):
     """Ports with a listener in the calling thread's namespace (or that of a process)."""
     ports = set()
     base = "/proc/thread-self/net/" if table == "self" else "/proc/%s/net/" % table
-    for name, state in (("tcp", "0A"), ("tcp6", "0A"), ("udp", "07"), ("udp6", "07")):
+    for kind in kinds:
         try:
-            with open(base + name) as rows:
+            with open(base + kind) as rows:
                 ports.update(int(row.split()[1].rpartition(":")[2], 16) for row in list(rows)[1:]
-                             if row.split()[3] == state)
+                             if row.split()[3] == ("0A" if kind.startswith("tcp") else "07"))
         except OSError:
             continue                              # this kernel has no IPv6
     return ports
@@ -3332,14 +3369,14 @@ def shell(ctl, args):
 def enter_and_run(ctl, subnet, program):
     """Become a program in a namespace. Problem if the namespace or the program is not there."""
     import shutil
+    argv = ["ip", "netns", "exec", subnet["ns"]] + list(program)
+    if ctl.dry_run:
+        return ctl.run.echo(tuple(argv))
     if not os.path.exists(os.path.join(NETNS_DIR, subnet["ns"])):
         raise Problem("subnet %s is down: there is no namespace %s" % (subnet["name"], subnet["ns"]),
                       "`vpcctl restore` brings it up", 3)
     if not shutil.which(program[0]):
         raise Problem("there is no command '%s'" % program[0], code=127)
-    argv = ["ip", "netns", "exec", subnet["ns"]] + list(program)
-    if ctl.dry_run:
-        return ctl.run.echo(tuple(argv))
     sys.stdout.flush()
     os.execvp("ip", argv)
 
@@ -3842,7 +3879,7 @@ def test_connectivity(ctl, args):
                       "`vpcctl restore` brings it up", 3)
     answer = in_namespace(subnet["ns"], lambda: probe(address, args.port))
     what = "%s port %d" % (address, args.port) if args.port else "%s (ping)" % address
-    ctl.say("%s %s -> %s: %s" % (mark(answer == "open"), args.subnet, what, ANSWERS[answer]))
+    ctl.say("%s %s -> %s: %s" % (mark(answer == "open"), args.subnet, what, OUTCOMES[answer]))
     if answer != "open":
         hops = explain_path(ctl.world, args.vpc, args.subnet, address, args.port, "tcp" if args.port else "icmp")
         blocking = [hop for hop in hops if hop.ok is False]
@@ -3852,12 +3889,12 @@ def test_connectivity(ctl, args):
     return 0 if answer == "open" else 1
 
 
-ANSWERS = {"open": "open", "refused": "refused: the host answered, nothing listens there",
+OUTCOMES = {"open": "open", "refused": "refused: the host answered, nothing listens there",
            "silence": "no answer: dropped on the way", "no way": "no route: the router says that there is no way"}
 
 
 def probe(address, port=None, protocol="tcp", patience=2.0):
-    """Called in a namespace: send a packet and wait -> a key of ANSWERS. Without a port, or for icmp: ping."""
+    """Called in a namespace: send a packet and wait -> a key of OUTCOMES. Without a port, or for icmp: ping."""
     import errno
     import socket
     kind = socket.SOCK_STREAM if port and protocol == "tcp" else socket.SOCK_DGRAM
@@ -3936,7 +3973,7 @@ def explain(ctl, args):
         need_root()
         flow = path_flow(*asked)
         answer = in_namespace(subnet["ns"], lambda: probe(flow.address, flow.port, args.protocol))
-        ctl.say("probe: %s" % ANSWERS[answer])
+        ctl.say("probe: %s" % OUTCOMES[answer])
         if (answer == "open") != passes:
             ctl.say("probe and records disagree: `vpcctl verify` looks for what is missing")
             return 1
@@ -3959,11 +3996,11 @@ def find_subnet(world, vpc, subnet):
     for record in world[vpc]["subnets"]:
         if record["name"] == subnet:
             return world[vpc], record
-    raise Problem("VPC '%s' has no subnet '%s'" % (vpc, subnet), hint="vpcctl inspect %s shows its subnets" % vpc)
+    raise Problem("VPC '%s' has no subnet '%s'" % (vpc, subnet), hint="vpcctl inspect %s shows them" % vpc)
 
 
 def resolve_target(world, vpc, subnet, text):
-    """The address that TARGET (an address, vpc/subnet, or a name seen from that subnet) means; or a Problem."""
+    """The address that TARGET (an address, vpc/subnet, or a name seen from there) means, or a Problem."""
     import ipaddress
     try:
         return str(ipaddress.IPv4Address(text))
@@ -4027,9 +4064,10 @@ def cut_out(rule, direction, protocol, port, other_ip, siblings):
             if first <= last:
                 rest.append(dict(rule, port=first if first == last else "%d-%d" % (first, last)))
         rule = dict(rule, port=port)
-    if rule.get(key) in [s["name"] for s in siblings]:
+    named = {s["name"]: s for s in siblings}.get(rule.get(key))
+    if named and named["host_ip"] == other_ip:
         return rest  # one host lives in a subnet: nobody else is meant
-    whole = ipaddress.ip_network(rule.get(key) or "0.0.0.0/0")
+    whole = ipaddress.ip_network(named["cidr"] if named else rule.get(key) or "0.0.0.0/0")
     blocks = sorted(whole.address_exclude(ipaddress.ip_network(other_ip)))
     return rest + [dict(rule, **{key: str(block)}) for block in blocks]
 
@@ -4060,8 +4098,11 @@ def allowing_policy(subnet, direction, protocol, port, other_ip, siblings):
 
 
 def explain_path(world, vpc, subnet, target, port=None, protocol="tcp", listening=None):
-    """The hops of a packet from a subnet to TARGET and back, up to the first that blocks; from the records alone.
-    tcp without a port: the target's first app, else 80. listening(vpc, subnet, port, protocol): True, False, None."""
+    """The hops of a packet from a subnet to TARGET and back, up to the first that blocks, by records alone.
+
+    tcp without a port: the target's first app, else 80. listening(vpc, subnet, port, protocol) says True,
+    False or None (unknown). A Problem if a name means nothing.
+    """
     flow = path_flow(world, vpc, subnet, target, port, protocol)
     hops = []
     for hop in walk(world, flow, listening or app_recorded):
@@ -4075,7 +4116,7 @@ Flow = namedtuple("Flow", "home source far host address protocol port what optio
 
 
 def path_flow(world, vpc, subnet, target, port, protocol):
-    """What is asked: home/source the sending records, far/host the receiving ones (None where there is none)."""
+    """What is asked: home and source are the sending records, far and host the receiving ones or None."""
     home, source = find_subnet(world, vpc, subnet)
     address = resolve_target(world, vpc, subnet, target)
     if address.startswith("127.") or address == "0.0.0.0":
@@ -4087,7 +4128,8 @@ def path_flow(world, vpc, subnet, target, port, protocol):
     if port is None and protocol == "udp":
         raise Problem("which udp port?", hint="add --port P")
     if port is None:
-        port = next((a["port"] for a in (far or {}).get("apps", []) if host and a["subnet"] == host["name"]), 80)
+        apps = far.get("apps", []) if host else []
+        port = next((app["port"] for app in apps if app["subnet"] == host["name"]), 80)
     options = " --port %d%s" % (port, " --protocol udp" if protocol == "udp" else "")
     return Flow(home, source, far, host, address, protocol, port, "%s/%d" % (protocol, port), options)
 
@@ -4109,12 +4151,12 @@ def walk(world, flow, listening):
         yield route_hop(flow)
         yield chain_hop(flow)
         if not flow.far:
-            yield Hop(None, "beyond", "what answers there is in no record; of this host's own addresses none does", None)
+            yield Hop(None, "beyond", "no record tells what answers; this host's own addresses do not", None)
         else:
             yield host_hop(flow)
             yield policy_hop(flow, "ingress")
             yield listening_hop(flow, listening)
-    yield Hop(True, "way back", "replies pass every policy; nobody can open a connection that way", None)
+    yield Hop(True, "way back", "replies to it pass every policy, and only they do", None)
 
 
 def policy_hop(flow, direction):
@@ -4123,15 +4165,16 @@ def policy_hop(flow, direction):
     other = flow.address if direction == "egress" else flow.source["host_ip"]
     ok, why, _ = policy_decision(subnet["policy"], direction, flow.protocol, flow.port, other, vpc["subnets"])
     place = "%s-%s.json" % (vpc["name"], subnet["name"])
-    remedy = "vpcctl explain %s %s %s%s --policy > %s && vpcctl apply-policy %s %s" % (
+    remedy = None if ok else "vpcctl explain %s %s %s%s --policy > %s && vpcctl apply-policy %s %s" % (
         flow.home["name"], flow.source["name"], flow.address, flow.options, place, vpc["name"], place)
-    return Hop(ok, "%s policy" % direction, "%s/%s: %s" % (vpc["name"], subnet["name"], why), None if ok else remedy)
+    return Hop(ok, direction + " policy", "%s/%s: %s" % (vpc["name"], subnet["name"], why), remedy)
 
 
 def path_policy(world, vpc, subnet, target, port=None, protocol="tcp"):
-    """(VPC name, policy) for apply-policy that opens the first policy in the way; None if none is in the way."""
+    """(VPC name, policy for apply-policy) that opens the first policy in the way; None if none is."""
     flow = path_flow(world, vpc, subnet, target, port, protocol)
-    ends = [("egress", flow.home, flow.source, flow.address), ("ingress", flow.far, flow.host, flow.source["host_ip"])]
+    ends = [("egress", flow.home, flow.source, flow.address),
+            ("ingress", flow.far, flow.host, flow.source["host_ip"])]
     for direction, owner, record, other in ends:
         if record and flow.host is not flow.source:
             asked = (direction, flow.protocol, flow.port, other, owner["subnets"])
@@ -4240,16 +4283,17 @@ def host_hop(flow):
               for prefix in range(max(24, ipaddress.ip_network(far["cidr"]).prefixlen), 31))
     fitting = next((b for b in blocks if int(b[2]) == number and not any(
         b.overlaps(ipaddress.ip_network(s["cidr"])) for s in far["subnets"])), None)
-    remedy = "vpcctl add-subnet %s net-%s%s" % (far["name"], flow.address.replace(".", "-"),
-                                                " --cidr %s" % fitting if fitting else "  # at another address")
-    return Hop(False, "address", "nobody has %s: no subnet of %s holds it" % (flow.address, far["name"]), remedy)
+    remedy = "vpcctl add-subnet %s net-%s" % (far["name"], flow.address.replace(".", "-"))
+    remedy += " --cidr %s" % fitting if fitting else "  # at another address"
+    text = "nobody has %s, no subnet of %s holds it" % (flow.address, far["name"])
+    return Hop(False, "address", text, remedy)
 
 
 def app_recorded(vpc, subnet, port, protocol):
-    """Whether the record knows an app on that port; None (unknown) for udp."""
-    if protocol != "tcp":
-        return None
-    return any(a["subnet"] == subnet["name"] and a["port"] == port for a in vpc.get("apps", []))
+    """Whether the record knows an app on that port; None (unknown) for udp, where anybody may be listening."""
+    found = any(app["subnet"] == subnet["name"] and app["port"] == port and app.get("protocol", "tcp") == protocol
+                for app in vpc.get("apps", []))
+    return found or (False if protocol == "tcp" else None)
 
 
 def listening_hop(flow, listening):
@@ -4258,11 +4302,11 @@ def listening_hop(flow, listening):
     if flow.protocol == "icmp":
         return Hop(True, "listening", "the kernel answers ping", None)
     answer = listening(flow.far, flow.host, flow.port, flow.protocol)
-    text = {True: "%s on %s/%s", False: "nothing on %s in %s/%s", None: "no record tells who is on %s in %s/%s"}
+    text = {True: "%s on %s/%s", False: "nothing listens on %s in %s/%s", None: "no record tells who is on %s in %s/%s"}
     remedy = "vpcctl deploy-app %s %s --port %d" % (vpc, subnet, flow.port)
     if flow.protocol == "udp":
-        remedy = ("vpcctl exec %s %s -- python3 -c \"import socket as k; s = k.socket(2, 2); s.bind(('', %d)); "
-                  "[s.sendto(*s.recvfrom(2048)) for _ in iter(int, 1)]\"" % (vpc, subnet, flow.port))
+        remedy += (" -- python3 -c \"import socket as k; s = k.socket(2, 2); s.bind(('', %d)); "
+                   "[s.sendto(*s.recvfrom(2048)) for _ in iter(int, 1)]\"" % flow.port)
     return Hop(answer, "listening", text[answer] % (flow.what, vpc, subnet), remedy if answer is False else None)
 
 
@@ -4272,7 +4316,8 @@ def render_explain(hops, ascii_only=False):
     lines = ["%s %-14s %s" % (marks[hop.ok], hop.where, hop.text) for hop in hops]
     last = hops[-1]
     if last.ok is False:
-        return lines + ["no: blocked by %s: %s" % (last.where, last.text), "to allow it: %s" % last.remedy]
+        cause = "" if last.where in ("address", "listening") else "blocked by %s: " % last.where
+        return lines + ["no: %s%s" % (cause, last.text), "to allow it: %s" % last.remedy]
     known = all(hop.ok for hop in hops)
     return lines + ["yes%s: %s" % ("" if known else ", as far as the records tell", hops[0].text)]
 
@@ -4329,7 +4374,7 @@ def graph_parts(world, names):
 def subnet_notes(vpc, subnet):
     """What is to be said of a subnet beside its name and range: apps, published ports, NAT."""
     name, nat = subnet["name"], vpc.get("nat")
-    notes = ["app tcp/%d" % app["port"] for app in vpc.get("apps", []) if app["subnet"] == name]
+    notes = ["app %s/%d" % (app.get("protocol", "tcp"), app["port"]) for app in vpc.get("apps", []) if app["subnet"] == name]
     notes += ["%s %s/%d -> %d" % (p.get("interface") or "any", p["protocol"], p["host_port"], p["port"])
               for p in vpc.get("published", []) if p["subnet"] == name]
     if nat and (nat.get("subnets") is None or name in nat["subnets"]):
@@ -4339,7 +4384,7 @@ def subnet_notes(vpc, subnet):
 
 def peering_text(peering):
     """Both lists of a peering, on one line."""
-    return "%s <-> %s" % tuple(", ".join(blocks) or "nothing" for blocks in (peering.blocks_a, peering.blocks_b))
+    return "%s <-> %s" % tuple(", ".join(blocks) or "nothing" for blocks in peering[2:])
 
 
 def graph_tree(world, names, ascii_only=False):
@@ -4350,21 +4395,22 @@ def graph_tree(world, names, ascii_only=False):
     for vpc in vpcs:
         rows = [("%-14s %-18s %s" % (s["name"], s["cidr"], ", ".join(subnet_notes(vpc, s)))).rstrip()
                 for s in vpc["subnets"]]
-        for peering in peerings:
-            if vpc["name"] in (peering.a, peering.b):
-                other = peering.b if vpc["name"] == peering.a else peering.a
-                shown = " (not shown)" if other in outside else ""
-                rows.append("peer %s%s: %s" % (other, shown, peering_text(peering)))
+        for p in peerings:
+            if vpc["name"] in p[:2]:
+                if vpc["name"] == p.b:
+                    p = Peering(p.b, p.a, p.blocks_b, p.blocks_a)  # its own side first
+                shown = " (not shown)" if p.b in outside else ""
+                rows.append("peer %s%s: %s" % (p.b, shown, peering_text(p)))
         lines.append("%s %s" % (vpc["name"], vpc["cidr"]))
-        lines += [(last if row is rows[-1] else branch) + row for row in rows or ["no subnet yet"]]
+        rows = rows or ["no subnet yet"]
+        lines += [branch + row for row in rows[:-1]] + [last + rows[-1]]
     return "\n".join(lines or ["no VPC yet"]) + "\n"
 
 
 def graph_mermaid(world, names):
     """The VPCs as a Mermaid flowchart, which GitHub draws inside a ```mermaid block."""
     def label(*lines):
-        import re
-        quoted = [re.sub(r'[#"&<>`\\]', lambda m: "#%d;" % ord(m.group()), line) for line in lines if line]
+        quoted = [re.sub(r'[#"&<`\\]', lambda m: "#%d;" % ord(m.group()), line) for line in lines if line]
         return '["%s"]' % "<br/>".join(quoted)
     vpcs, outside, peerings, uplinks = graph_parts(world, names)
     ids = {name: "vpc%d" % number for number, name in enumerate(list(names) + outside)}
@@ -4376,11 +4422,12 @@ def graph_mermaid(world, names):
             lines.append("    %s_%d%s" % (ids[vpc["name"]], number, box))
         lines.append("  end")
     lines += ["  %s%s" % (ids[name], label(name, "not shown")) for name in outside]
-    lines += ["  %s <-->|%s| %s" % (ids[p.a], label(peering_text(p))[1:-1], ids[p.b]) for p in peerings]
+    for p in peerings:  # on a line, unlike in a box, Mermaid shows an escaped "<" as rubbish
+        lines.append('  %s <-->|"%s"| %s' % (ids[p.a], peering_text(p).replace("<->", "with"), ids[p.b]))
     for number, uplink in enumerate(uplinks):
         lines.append("  up%d%s" % (number, label("uplink %s" % uplink.interface)))
         lines += ["  %s -->|NAT| up%d" % (ids[name], number) for name in uplink.nat]
-        lines += ["  up%d -->|%s| %s" % (number, label(text)[1:-1], ids[name]) for name, text in uplink.published]
+        lines += ['  up%d -->|"%s"| %s' % (number, text, ids[name]) for name, text in uplink.published]
     return "\n".join(lines) + "\n"
 
 
@@ -4394,37 +4441,41 @@ def graph_dot(world, names):
     lines = ["digraph vpcctl {", "  rankdir=LR; compound=true; node [shape=box];"]
     for vpc in vpcs:
         router = ids[vpc["name"]]
-        lines.append("  subgraph cluster_%s { graph %s;" % (router, label("%s %s" % (vpc["name"], vpc["cidr"]))))
+        head = label("%s %s" % (vpc["name"], vpc["cidr"]))
+        lines.append("  subgraph cluster_%s { graph %s;" % (router, head))
         lines.append("    %s %s;" % (router, label("router", vpc["bridge"])))
         for number, s in enumerate(vpc["subnets"]):
             box = label(s["name"], s["cidr"], *subnet_notes(vpc, s))
-            lines.append("    %s_%d %s; %s -> %s_%d [dir=none];" % (router, number, box, router, router, number))
+            node = "%s_%d" % (router, number)
+            lines.append("    %s %s; %s -> %s [dir=none];" % (node, box, router, node))
         lines.append("  }")
     lines += ["  %s %s;" % (ids[name], label(name, "not shown")) for name in outside]
-    lines += ["  %s -> %s %s;" % (ids[p.a], ids[p.b], label(peering_text(p))[:-1] + ", dir=both]") for p in peerings]
+    lines += ['  %s -> %s [dir=both, label="%s"];' % (ids[p.a], ids[p.b], peering_text(p)) for p in peerings]
     for number, uplink in enumerate(uplinks):
-        lines.append("  up%d %s;" % (number, label("uplink %s" % uplink.interface)))
-        lines += ["  %s -> up%d %s;" % (ids[name], number, label("NAT")) for name in uplink.nat]
-        lines += ["  up%d -> %s %s;" % (number, ids[name], label(text)) for name, text in uplink.published]
+        nat = ["NAT for %s" % name for name in uplink.nat]
+        box = label("uplink %s" % uplink.interface, *nat + [text for _, text in uplink.published])
+        lines.append("  up%d %s;" % (number, box))
+        lines += ["  %s -> up%d [style=dashed];" % (ids[name], number) for name in uplink.nat]
+        lines += ["  up%d -> %s;" % (number, ids[name]) for name in sorted({p[0] for p in uplink.published})]
     return "\n".join(lines + ["}"]) + "\n"
 
 
 SVG_STYLE = """
 text{font-family:ui-monospace,"DejaVu Sans Mono",Menlo,Consolas,monospace;fill:#1f2328}
-.page{fill:#fff}.vpc{fill:#f3f6fa;stroke:#8b97a5}.card{fill:#fff;stroke:#c3ccd6}.away{fill:none;stroke:#8b97a5;
-stroke-dasharray:5 4}.dim{fill:#57606a}.app,.fill-pub{fill:#1a7f37}.out,.fill-nat{fill:#9a5b00}
-.line{fill:none;stroke-width:1.6}.nat{stroke:#9a5b00}.pub{stroke:#1a7f37}
+.page{fill:#fff}.vpc{fill:#f3f6fa;stroke:#8b97a5}.card{fill:#fff;stroke:#c3ccd6}
+.away{fill:none;stroke:#8b97a5;stroke-dasharray:5 4}.dim{fill:#57606a}.app,.fill-pub{fill:#1a7f37}
+.out,.fill-nat{fill:#9a5b00}.line{fill:none;stroke-width:1.6}.nat{stroke:#9a5b00}.pub{stroke:#1a7f37}
 .c0{stroke:#0969da}.c1{stroke:#8250df}.c2{stroke:#bf3989}.c3{stroke:#1b7c83}
 @media (prefers-color-scheme:dark){text{fill:#e6edf3}.page{fill:#0d1117}.vpc{fill:#161b22;stroke:#6e7681}
 .card{fill:#21262d;stroke:#444c56}.away{stroke:#6e7681}.dim{fill:#9ea7b3}.app,.fill-pub{fill:#56d364}
 .out,.fill-nat{fill:#e3b341}.nat{stroke:#e3b341}.pub{stroke:#56d364}
 .c0{stroke:#58a6ff}.c1{stroke:#bc8cff}.c2{stroke:#f778ba}.c3{stroke:#39c5cf}}
 """
-SVG_GAP, SVG_LINE, SVG_HEAD, SVG_CHANNEL = 16, 18, 40, 110  # between boxes, lines, a VPC's head, room for curves
+SVG_GAP, SVG_LINE, SVG_HEAD, SVG_CHANNEL = 16, 18, 40, 110  # between boxes, lines, head of a VPC, curves
 
 
 def svg_size(lines):
-    """(width, height) of a box around [(text, class)]: monospace letters are 0.6 em wide; the first line is 14 px."""
+    """(width, height) of a box around [(text, class)]: letters are 0.6 em wide, the first line has 14 px."""
     widest = [len(text) * (8.6 if i == 0 else 7.4) for i, (text, _) in enumerate(lines)]
     return int(max(widest)) + 24, len(lines) * SVG_LINE + 16
 
@@ -4449,7 +4500,7 @@ def svg_subnet(vpc, subnet):
 
 def svg_head(vpc):
     """The head line of a VPC."""
-    return [("%s  %s%s" % (vpc["name"], vpc["cidr"], "" if vpc["subnets"] else "  no subnet yet"), "")]
+    return [("%s %s%s" % (vpc["name"], vpc["cidr"], "" if vpc["subnets"] else " no subnet yet"), "")]
 
 
 def svg_vpc(vpc, x, y, columns, cell):
@@ -4480,7 +4531,7 @@ def svg_stack(x, cards, links, boxes):
 
 
 def svg_curves(links, boxes, places, near, far):
-    """Curves from VPCs at x=near to cards at x=far; a link is (vpc, card, class). Nothing else lies between."""
+    """Curves from VPCs at x=near to cards at x=far; a link is (vpc, card, class). Nothing else is between."""
     def height(ends, place, link):
         return place[0] + place[1] * (ends.index(link) + 1) // (len(ends) + 1)
     links, parts = sorted(links, key=lambda link: (places[link[1]], boxes[link[0]], link[2])), []
@@ -4499,9 +4550,10 @@ def svg_cards(peerings, uplinks):
             + [(text, "app") for _, text in u.published] for u in uplinks]
     links = {(name, i, "nat") for i, u in enumerate(uplinks) for name in u.nat}
     links |= {(name, i, "pub") for i, u in enumerate(uplinks) for name, _ in u.published}
-    right = [[("%s - %s" % (p.a, p.b), "")] + [("%s  %s" % (name, block), "dim") for name, blocks in (
+    right = [[("%s - %s" % (p.a, p.b), "")] + [("%s %s" % (name, block), "dim") for name, blocks in (
         (p.a, p.blocks_a), (p.b, p.blocks_b)) for block in blocks] for p in peerings]
-    return (left, links), (right, {(end, i, "c%d" % (i % 4)) for i, p in enumerate(peerings) for end in p[:2]})
+    ends = {(name, i, "c%d" % (i % 4)) for i, p in enumerate(peerings) for name in (p.a, p.b)}
+    return (left, links), (right, ends)
 
 
 def graph_svg(world, names):
@@ -4510,7 +4562,7 @@ def graph_svg(world, names):
     (left, left_links), (right, right_links) = svg_cards(peerings, uplinks)
     most = max([len(vpc["subnets"]) for vpc in vpcs] or [1])
     columns = most if most < 4 else 3 if most < 10 else 4 if most < 17 else 5
-    heads = [svg_head(v) for v in vpcs] + [[("%s  not shown" % name, "")] for name in outside]
+    heads = [svg_head(v) for v in vpcs] + [[("%s not shown" % name, "")] for name in outside]
     cell = max([150] + [svg_size(svg_subnet(v, s))[0] for v in vpcs for s in v["subnets"]]
                + [svg_size(head)[0] // max(columns, 1) for head in heads])
     columns, far = max(columns, 1), max([svg_size(lines)[0] for lines in left] or [0])
@@ -4520,7 +4572,7 @@ def graph_svg(world, names):
         parts, height = svg_vpc(vpc, x, y, columns, cell)
         body, boxes[vpc["name"]], y = body + parts, (y, height), y + height + 2 * SVG_GAP
     for name in outside:
-        body.append(svg_box(x, y, edge - x, SVG_HEAD, "away", [("%s  not shown" % name, "dim")]))
+        body.append(svg_box(x, y, edge - x, SVG_HEAD, "away", [("%s not shown" % name, "dim")]))
         boxes[name], y = (y, SVG_HEAD), y + SVG_HEAD + 2 * SVG_GAP
     bottoms = [y - 2 * SVG_GAP]
     for cards, links, near, x, at in ((left, left_links, x, SVG_GAP, SVG_GAP + far),
@@ -5071,17 +5123,36 @@ def parser_faults():
 
 class Parser(argparse.ArgumentParser):
     """argparse, with errors in our words: what is wrong, what was probably meant, exit code 2."""
+    words, example = (), ""
+
+    def parse_known_args(self, args=None, namespace=None):
+        """Each command refuses for itself what it does not know, since it knows which of its options was meant."""
+        self.words = list(args or ())
+        options, odd = super().parse_known_args(args, namespace)
+        if odd:
+            self.error("unrecognized arguments: " + " ".join(odd))
+        return options, odd
 
     def error(self, message):
-        odd = re.match(r"unrecognized arguments: (--[\w-]+)", message)
-        raise Problem(message, odd and nearest(odd.group(1), self._option_string_actions)
-                      or "`%s --help` shows how" % self.prog)
+        known, usual = self._option_string_actions, "`%s --help` shows how" % self.prog
+        surplus, lack = message.startswith("unrecognized"), message.startswith("the following arguments are required")
+        typed = message.split() if surplus else self.words if lack else ()
+        odd = [word.partition("=")[0] for word in typed if word.startswith("--") and word.partition("=")[0] not in known]
+        meant = [hint for hint in (nearest(word, known) for word in odd) if hint]
+        if meant:
+            raise Problem("unrecognized arguments: " + odd[0] if lack else message, meant[0])
+        if surplus and any(action.dest == "program" for action in self._actions):
+            example = self.example if " -- " in self.example else self.example + " -- COMMAND"
+            usual = "a command with options of its own stands behind `--`: vpcctl " + example
+        elif (surplus or lack) and self.example:
+            usual = "for example: vpcctl %s (`%s --help` says more)" % (self.example, self.prog)
+        raise Problem(message, usual)
 
 
 GLOBAL_OPTIONS = (
     arg("--dry-run", action="store_true", help="show the commands; run nothing, change nothing, no root"),
     arg("--why", action="store_true", help="end each command shown in a reason"),
-    arg("--quiet", action="store_true", help="do not show the commands"),
+    arg("--quiet", action="store_true", help="show neither the commands nor what a change came to"),
     arg("--data-dir", metavar="FOLDER", help="where the records are (default: .vpcctl_data beside vpcctl.py)"),
 )
 
@@ -5110,6 +5181,7 @@ def build_parser(only=None):
         listed = {} if entry["hidden"] else {"help": text}
         own = commands.add_parser(name, allow_abbrev=False, description=text[:1].upper() + text[1:] + ".",
                                   epilog="Example:  vpcctl " + shown(entry["example"]), **listed)
+        own.example = shown(entry["example"])
         own.add_argument("--version", action="version", version="vpcctl " + VERSION)
         # The same options again, so that they may stand before or after the command's name.
         add_arguments(own, GLOBAL_OPTIONS, default=argparse.SUPPRESS)
@@ -5127,14 +5199,25 @@ def named_command(words):
     return None
 
 
+# What people are used to type elsewhere.
+HABITS = {"ls": "list", "ps": "list --long", "show": "inspect", "rm": "delete", "remove": "delete", "destroy": "delete",
+          "down": "delete", "up": "apply", "status": "verify", "add": "add-subnet", "nat": "enable-nat",
+          "policy": "apply-policy", "run": "deploy-app", "ssh": "shell", "ping": "test-connectivity",
+          "version": "--version"}
+
+
 def parse(words, parser=None):
     """The command line -> options. Only the parser of the command that is called is built. What stands behind `--`
     is a program's own command line, never read as options."""
     words, program = (words[:words.index("--")], words[words.index("--") + 1:]) if "--" in words else (words, None)
+    if words[:1] == ["help"]:
+        words = words[1:2] + ["--help"]
     named = named_command(words)
     if named is not None and named not in COMMANDS:
         known = [name for name, entry in COMMANDS.items() if not entry["hidden"]]
-        raise Problem("there is no command '%s'" % named, nearest(named, known) or "`vpcctl --help` lists the commands")
+        raise Problem("there is no command '%s'" % named,
+                      "vpcctl calls it '%s'" % HABITS[named] if named in HABITS else
+                      nearest(named, known) or "`vpcctl --help` lists the commands")
     options = (parser or build_parser(only=named)).parse_args(words)
     if not options.command:
         build_parser().print_help()
@@ -5212,7 +5295,7 @@ def dispatch(ctl, entry, options):
 def need_root():
     """Problem 4 without root."""
     if os.geteuid():
-        raise Problem("this needs root: it changes the machine's network",
+        raise Problem("this needs root: it works on the machine's network",
                       "sudo vpcctl …, or try it in `vpcctl sandbox`, which needs no root", 4)
 
 
