@@ -2349,7 +2349,7 @@ def cleanup_all(ctl, _args):
         delete_vpcs(ctl, names)
     if not ctl.dry_run:
         ctl.begin_again()
-        left = clear_orphans(ctl, None)
+        left = clear_orphans(ctl, None) + clear_files(ctl)
         if not names and not left:
             ctl.report("Nothing to clean up")
 
@@ -2362,10 +2362,12 @@ def clear_orphans(ctl, name):
         return 0
     seen = observe(ctl.world, inside_too=False)
     steps = orphans(ctl, seen, name)
-    if not steps:
-        return 0
-    if name:
+    if name and steps:
         ctl.note("clearing away what is left of an earlier VPC %s without a record" % name)
+    if any(step.fact == ("chain", "filter", "vpcctl-guard") for step in steps):
+        back = (("sysctl", "-w", "net.ipv4.ip_forward=0"),) + tuple(     # it clears those of our bridges, too
+            ("sysctl", "-w", link_conf("ipv4", vpc["bridge"], "forwarding") + "=1") for vpc in ctl.world.values())
+        steps.append(Step(WIRE, ("sysctl", "net.ipv4.ip_forward", "1"), (), back, "the guard says that it was off before"))
     evict(ctl, [step.fact[1] for step in steps if step.fact[0] == "ns"])
     folders = [step.fact[1] for step in steps if step.fact[0] == "ns"]
     if name is None:
@@ -2375,6 +2377,19 @@ def clear_orphans(ctl, name):
     steps += [Step(FILE, ("folder", etc_folder(space)), (), "rmdir " + etc_folder(space)) for space in folders]
     ctl.run.transact(steps, [])
     return len(steps)
+
+
+def clear_files(ctl):
+    """Remove pages and logs of VPCs and apps that are in no record -> how many."""
+    pages = ["%s/%s" % (RUN_DIR, entry) for entry in os.listdir(RUN_DIR)] if os.path.isdir(RUN_DIR) else []
+    pages = [folder for folder in pages if os.path.basename(folder) not in ctl.world]
+    for folder in pages:
+        remove_tree(folder)
+    kept = {app["log"] for vpc in ctl.world.values() for app in vpc["apps"]}
+    logs = [entry for entry in os.listdir(ctl.store.folder) if re.match(r"app_.+\.log\Z", entry) and entry not in kept]
+    for entry in logs:
+        _unlink(os.path.join(ctl.store.folder, entry))
+    return len(pages) + len(logs)
 
 
 def lost_folders(ctl, known):
@@ -4129,7 +4144,7 @@ def path_flow(world, vpc, subnet, target, port, protocol):
         raise Problem("which udp port?", hint="add --port P")
     if port is None:
         apps = far.get("apps", []) if host else []
-        port = next((app["port"] for app in apps if app["subnet"] == host["name"]), 80)
+        port = next((app["port"] for app in apps if app["subnet"] == host["name"] and app.get("protocol") != "udp"), 80)
     options = " --port %d%s" % (port, " --protocol udp" if protocol == "udp" else "")
     return Flow(home, source, far, host, address, protocol, port, "%s/%d" % (protocol, port), options)
 
