@@ -34,7 +34,7 @@ ALIAS = "vpcctl:"                 # our mark on links, followed by the VPC's nam
 PROTOCOL = "118"                  # our mark on routes and routing rules
 FENCE_TABLE = "7000"              # unreachable for every VPC's range: read by VPCs with NAT, after their own table
 FIRST_TABLE = 7001                # route tables of VPCs
-PREF_OWN, PREF_FENCE, PREF_OUT, PREF_END, PREF_IN, PREF_SHUT = "7001", "7002", "7003", "7004", "7005", "7006"
+PREF_OWN, PREF_FENCE, PREF_OUT, PREF_END, PREF_VOID, PREF_IN, PREF_SHUT = (str(7000 + n) for n in range(1, 8))
 MARK_BITS, MARK_SALT = 12, (1 << 12) - 1
 NETNS_DIR, ETC_NETNS, RUN_DIR = "/run/netns", "/etc/netns", "/run/vpcctl"
 NOBODY = 65534
@@ -986,7 +986,7 @@ class Store:
         """Write VPCs' finished records: temporary files, flushed to disk, and only when all are there put in place."""
         for record in records:
             record["host_iptables"] = [list(argv) for argv in recorded_rules(record)]
-            self._put(self.path(record["name"]), json.dumps(record, indent=1) + "\n", True, True)
+            self._put(self.path(record["name"]), record_text(record), True, True)
         for record in records:
             path = self.path(record["name"])
             try:
@@ -1019,6 +1019,15 @@ class Store:
                 opened.write(line)
         except OSError as error:
             say_error("note: cannot write %s: %s" % (path, error.strerror))
+
+
+def record_text(record):
+    """A record as JSON that people can read: a line for each subnet, app, rule. (Indented throughout, it would be
+    written by Python's slow encoder.)"""
+    lines = ["%s: [\n  %s\n ]" % (json.dumps(key), ",\n  ".join(json.dumps(item) for item in value))
+             if isinstance(value, list) and value else "%s: %s" % (json.dumps(key), json.dumps(value))
+             for key, value in record.items()]
+    return "{\n %s\n}\n" % ",\n ".join(lines)
 
 
 # -- names
@@ -1441,8 +1450,10 @@ def plan_switch(vpc):
              "ip route del unreachable %s table %s proto %s" % (cidr, FENCE_TABLE, PROTOCOL),
              "no way here for other VPCs"),
         lookup_step(PREF_OWN, bridge, "lookup %d" % table, "what comes from this VPC asks this VPC's table"),
-        lookup_step(PREF_FENCE, bridge, "lookup " + FENCE_TABLE, "other VPCs stay out of reach"),
-        lookup_step(PREF_END, bridge, "unreachable", "and where no table knows a way, there is none"),
+        lookup_step(PREF_FENCE, bridge, "lookup " + FENCE_TABLE, "other VPCs stay out of reach", "from " + cidr),
+        lookup_step(PREF_END, bridge, "unreachable", "and where no table knows a way, there is none", "from " + cidr),
+        # The ICMP error would go to the address that was forged, with what the forger wrote.
+        lookup_step(PREF_VOID, bridge, "blackhole", "a forged sender gets no answer"),
         lookup_step(PREF_IN, "lo", "lookup main", "the host itself may go to the VPC", "to " + cidr),
         # Without it, another program's rules put before ours in FORWARD (Docker's) would let its networks in.
         lookup_step(PREF_SHUT, "", "unreachable", "no other network of the host may", "to " + cidr),
@@ -1455,6 +1466,9 @@ def plan_chains(vpc):
     chain, guard, sources = vpc["chain"], vpc["chain_in"], vpc["chain_src"]
     held = {chosen: ("chain", "filter", chosen) for chosen in (chain, guard, sources)}
     return [
+        # Before routing: "time exceeded" is sent, to the forged address, before FORWARD is asked.
+        rule_step("PREROUTING", ("!", "-s", cidr, "-i", bridge, "-j", "DROP"), "no sender with an address from elsewhere",
+                  "raw", "prepend", mark),
         chain_step(sources, "who may send: each subnet's addresses from its own port"),
         rule_step(sources, ("-j", "DROP"), "any other sender is forged", place="last", mark=mark, holder=held[sources]),
         chain_step(chain, "what may pass through the VPC"),
@@ -1817,7 +1831,7 @@ def plan_policy(vpc, subnet):
 def policy_step(space, rules):
     """The step that puts a policy's rules into a namespace in one transaction."""
     prefix = ("ip", "netns", "exec", space, "iptables")
-    return Step(INSIDE, ("policy", space, tuple((rule[1], rule_key(rule[2:])) for rule in rules)),
+    return Step(INSIDE, ("policy", space, tuple(rules)),
                 tuple(prefix + rule for rule in rules), tuple(prefix + ("-D",) + rule[1:] for rule in rules),
                 "the subnet's policy", ("ns", space), ("policy", space))
 
@@ -1896,8 +1910,9 @@ class Seen:
             return file_holds(fact, any_content)
         if fact[0] == "rule" and any_content:
             return fact[:4] + (None,) in self.facts
-        if fact[0] == "policy" and any_content:
-            return any(ours for _, ours in self.policies.get(fact[1], ()))
+        if fact[0] == "policy":
+            ours = [rule for rule, own in self.policies.get(fact[1], ()) if own]
+            return bool(ours) if any_content else policy_meaning(ours) == policy_meaning(rule[1:] for rule in fact[2])
         return fact in self.facts
 
     def replaced(self, step):
@@ -2153,9 +2168,12 @@ def see_inside(seen, spaces):
         facts, rules = result
         seen.facts.update(facts)
         seen.policies[space] = rules
-        ours = [(rule[0], rule_key(rule[1:])) for rule, own in rules if own]
-        by_chain = tuple(pair for chain in ("INPUT", "OUTPUT") for pair in ours if pair[0] == chain)
-        seen.facts.add(("policy", space, by_chain))
+
+
+def policy_meaning(rules):
+    """What rules (chain, words…) mean, chain by chain, whatever their spelling."""
+    meant = [(rule[0], rule_key(rule[1:])) for rule in rules]
+    return [pair for chain in ("INPUT", "OUTPUT") for pair in meant if pair[0] == chain]
 
 
 def look_inside(space):
