@@ -1249,15 +1249,14 @@ class Control:
             for app in [app for vpc in new.values() for app in vpc["apps"] if app not in known]:
                 if is_alive(app):
                     stop_process(app["pid"])
-            tidy_apps(self, new, self.world, keep_logs=True)
+            tidy_apps(self, touched, self.world, keep_logs=True)
             raise
 
     def finish(self, touched, new):
         """The change has happened: records first, so that a full disk is noticed while it can be taken back."""
         self.store.save([new[name] for name in sorted(touched) if name in new])
         try:
-            for old in (self.world, {name: vpc for name, vpc in self.intents.items() if vpc}):
-                tidy_apps(self, old, new)
+            tidy_apps(self, touched, new)
             for name in touched:
                 if name not in new:
                     remove_tree("%s/%s" % (RUN_DIR, name))
@@ -1273,11 +1272,13 @@ class Control:
         for name in touched:
             self.store.drop(name, "intent")
         vpcs = [old[name] for name in touched if name in old]
+        stopped, self.run.stopped_by = self.run.stopped_by, 0
         try:
             if revive_apps(self, vpcs):
                 self.store.save(vpcs)
-        except (Problem, Failure, OSError) as trouble:
+        except (Problem, Failure, Interrupted, OSError) as trouble:
             self.note("%s; `vpcctl restore` starts it again" % trouble)
+        self.run.stopped_by = self.run.stopped_by or stopped
 
 
 def as_found(step):
@@ -1403,7 +1404,8 @@ def mending(steps, stale, seen):
     if foreign:
         raise Problem("%s exists already and is not vpcctl's" % " and ".join(describe(step) for step in foreign),
                       "remove or rename it; vpcctl does not touch what it did not make", 3)
-    removes = [step for fact, step in stale.items() if fact not in steps and seen.holds(step, any_content=True)]
+    wanted = {step.key for step in steps.values()}         # the same thing with another content is replaced below
+    removes = [step for step in stale.values() if step.key not in wanted and seen.holds(step, any_content=True)]
     makes = []
     for step in steps.values():
         if not seen.holds(step):
@@ -2398,16 +2400,13 @@ def clear_orphans(ctl, name):
 
 
 def clear_files(ctl):
-    """Remove pages and logs of VPCs and apps that are in no record -> how many."""
-    pages = ["%s/%s" % (RUN_DIR, entry) for entry in os.listdir(RUN_DIR)] if os.path.isdir(RUN_DIR) else []
-    pages = [folder for folder in pages if os.path.basename(folder) not in ctl.world]
-    for folder in pages:
+    """Remove what is left in our run folder of VPCs that are in no record -> how many."""
+    folders = ["%s/%s" % (RUN_DIR, entry) for entry in os.listdir(RUN_DIR)] if os.path.isdir(RUN_DIR) else []
+    folders = [folder for folder in folders if os.path.basename(folder) not in ctl.world]
+    for folder in folders:
         remove_tree(folder)
-    kept = {app["log"] for vpc in ctl.world.values() for app in vpc["apps"]}
-    logs = [entry for entry in os.listdir(ctl.store.folder) if re.match(r"app_.+\.log\Z", entry) and entry not in kept]
-    for entry in logs:
-        _unlink(os.path.join(ctl.store.folder, entry))
-    return len(pages) + len(logs)
+    tidy_apps(ctl, (), ctl.world)
+    return len(folders)
 
 
 def lost_folders(ctl, known):
@@ -3153,17 +3152,21 @@ def prepare_page(vpc_name, app):
     return folder
 
 
-def tidy_apps(ctl, old, new, keep_logs=False):
-    """Remove pages and logs of apps that are in no record any more."""
-    kept = {(name, app["ns"], app["port"]) for name, vpc in new.items() for app in vpc["apps"]}
-    for name, vpc in old.items():
-        for app in vpc["apps"]:
-            if (name, app["ns"], app["port"]) not in kept:
-                remove_tree(page_folder(name, app))
-                if not keep_logs:
-                    _unlink(os.path.join(ctl.store.folder, app["log"]))
-                for folder in ("%s/%s" % (RUN_DIR, name), RUN_DIR):
-                    _rmdir(folder)
+def tidy_apps(ctl, names, new, keep_logs=False):
+    """Remove pages and logs of apps of these VPCs that are in no record. What is on the disk counts, rather than what
+    an older record says: so nothing is forgotten if a kill comes in between."""
+    for name in names:
+        folder = "%s/%s/www" % (RUN_DIR, name)
+        kept = {page_folder(name, app) for app in (new.get(name) or {"apps": ()})["apps"]}
+        for entry in os.listdir(folder) if os.path.isdir(folder) else ():
+            if "%s/%s" % (folder, entry) not in kept:
+                remove_tree("%s/%s" % (folder, entry))
+    if keep_logs or ctl.damaged:
+        return
+    kept = {app["log"] for vpc in new.values() for app in vpc["apps"]}
+    for entry in os.listdir(ctl.store.folder):
+        if re.match(r"app_.+\.log\Z", entry) and entry not in kept:
+            _unlink(os.path.join(ctl.store.folder, entry))
 
 
 def page_folder(vpc_name, app):
