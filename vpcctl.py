@@ -1207,6 +1207,8 @@ class Control:
         if not self.dry_run:
             check_firewall_kind(new, touched)
             makes = [(as_found(before_it), step) for before_it, step in makes]
+        else:
+            makes = [(as_planned(before_it), step) for before_it, step in makes]
         if self.dry_run:
             if before:
                 before()
@@ -1286,6 +1288,13 @@ def as_found(step):
     if step is None or step.key[0] != "policy":
         return step
     return seen_policy(step.key[1], in_namespace(step.key[1], seen_rules))
+
+
+def as_planned(step):
+    """The same for a dry run, which asks nobody: as if nobody had changed the rules."""
+    if step is None or step.key[0] != "policy":
+        return step
+    return seen_policy(step.key[1], [(rule[5:], True) for rule in step.do])
 
 
 def check_firewall_kind(world, names):
@@ -2204,7 +2213,8 @@ def seen_rules():
 
 
 def seen_policy(space, rules):
-    """The step that takes a policy out as it was found: whole chains where all is ours, else rule by rule."""
+    """The step that takes a policy out as it was found (whole chains where all is ours, else rule by rule), and that
+    puts it in again."""
     prefix, undo = ("ip", "netns", "exec", space, "iptables"), []
     for chain in ("INPUT", "OUTPUT"):
         own = [(rule, ours) for rule, ours in rules if rule[0] == chain]
@@ -2212,7 +2222,8 @@ def seen_policy(space, rules):
             undo.append(prefix + ("-F", chain))
         else:
             undo.extend(prefix + ("-D",) + rule for rule, ours in own if ours)
-    return Step(INSIDE, ("policy", space, None), (), tuple(undo), "the policy before", key=("policy", space))
+    again = tuple(prefix + ("-A",) + rule for rule, ours in rules if ours)
+    return Step(INSIDE, ("policy", space, None), again, tuple(undo), "the policy before", key=("policy", space))
 
 
 WORDS = {"ns": "namespace %s", "ours": "mark of namespace %s", "link": "interface %s", "alias": "mark of interface %s",
@@ -2392,9 +2403,9 @@ def clear_orphans(ctl, name):
     folders = [step.fact[1] for step in steps if step.fact[0] == "ns"]
     if name is None:
         folders += lost_folders(ctl, folders)
-    steps += [left_file(space, file) for space in folders for file in ("hosts", "resolv.conf")
-              if is_our_link("%s/%s" % (etc_folder(space), file))]
     steps += [Step(FILE, ("folder", etc_folder(space)), (), "rmdir " + etc_folder(space)) for space in folders]
+    steps += [left_file(space, file) for space in folders for file in ("hosts", "resolv.conf")
+              if is_our_link("%s/%s" % (etc_folder(space), file))]       # taken back newest first: files, then folders
     ctl.run.transact(steps, [])
     return len(steps)
 
@@ -2915,8 +2926,8 @@ def set_policy(ctl, new, vpc, subnet, policy):
         ctl.report("Applied policy to subnet %s (%s)" % (subnet["name"], subnet["cidr"]))
     for direction in ("ingress", "egress"):
         action, why = policy_default(policy, direction)
-        ctl.report("  %s: %d rules; everything else is %s (%s)" % (
-            direction, len(policy.get(direction) or ()), "dropped" if action == "deny" else "let through", why))
+        ctl.report("  %s: %s; everything else is %s (%s)" % (
+            direction, counted(len(policy.get(direction) or ()), "rule"), "dropped" if action == "deny" else "let through", why))
 
 
 @command("reset-policy", "reset-policy blog web", VPC, SUBNET, changes=True)
@@ -3437,7 +3448,7 @@ def apply(ctl, args):
     change_world(ctl, new)
     for line in lines:
         ctl.report(line)
-    ctl.report("Applied %s: %d changes" % (args.file, len(lines)))
+    ctl.report("Applied %s: %s" % (args.file, counted(len(lines), "change")))
 
 
 @command("plan", "plan topology.json", TOPOLOGY, PRUNE)
@@ -3806,6 +3817,11 @@ def print_table(ctl, heads, rows):
         ctl.say(paint(line, 1) if number == 0 else line)
 
 
+def counted(number, word):
+    """A number of things, in words."""
+    return "%d %s%s" % (number, word, "" if number == 1 else "s")
+
+
 def paint(text, code):
     """Colour, on a terminal that wants it (NO_COLOR is honoured)."""
     wanted = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
@@ -3843,13 +3859,15 @@ def verify(ctl, args):
         return 1 if findings else 0
     for name in sorted(set(ctl.world) | set(ctl.damaged)):
         own = sum(1 for vpc, _, _ in findings if vpc == name)
-        ctl.say("%s VPC %s%s" % (mark(not own), name, ": %d findings" % own if own else ""))
+        ctl.say("%s VPC %s%s" % (mark(not own), name, ": " + counted(own, "finding") if own else ""))
     for vpc, kind, text in findings:
         ctl.say("  %s%s: %s" % (vpc + ": " if vpc else "", paint(kind, 31), text))
     for text in notes:
         ctl.say("note: " + text)
     if findings:
-        ctl.say("`vpcctl restore` repairs what is missing or changed; `vpcctl cleanup-all` removes everything")
+        unreadable = [vpc for vpc, kind, _ in findings if kind == "unreadable"]
+        ctl.say("".join("`vpcctl delete --force %s` clears it away; " % vpc for vpc in unreadable)
+                + "`vpcctl restore` repairs what is missing or changed; `vpcctl cleanup-all` removes everything")
     return 1 if findings else 0
 
 
