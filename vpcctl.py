@@ -1207,9 +1207,8 @@ class Control:
         if not self.dry_run:
             check_firewall_kind(new, touched)
             makes = [(as_found(before_it), step) for before_it, step in makes]
-        else:
-            makes = [(as_planned(before_it), step) for before_it, step in makes]
         if self.dry_run:
+            makes = [(as_planned(before_it), step) for before_it, step in makes]
             if before:
                 before()
             self.run.take_back(removes)
@@ -1294,7 +1293,7 @@ def as_planned(step):
     """The same for a dry run, which asks nobody: as if nobody had changed the rules."""
     if step is None or step.key[0] != "policy":
         return step
-    return seen_policy(step.key[1], [(rule[5:], True) for rule in step.do])
+    return seen_policy(step.key[1], [(rule[6:], True) for rule in step.do])
 
 
 def check_firewall_kind(world, names):
