@@ -2405,7 +2405,8 @@ def clear_orphans(ctl, name):
     steps += [Step(FILE, ("folder", etc_folder(space)), (), "rmdir " + etc_folder(space)) for space in folders]
     steps += [left_file(space, file) for space in folders for file in ("hosts", "resolv.conf")
               if is_our_link("%s/%s" % (etc_folder(space), file))]       # taken back newest first: files, then folders
-    ctl.run.transact(steps, [])
+    if steps:
+        ctl.run.transact(steps, [])
     return len(steps)
 
 
@@ -2745,9 +2746,10 @@ def name_servers():
     return ["1.1.1.1", "9.9.9.9"]
 
 
-def new_forward(world, uplink):
-    """What the host's own forwarding was before the first NAT: kept, so that the last one can put it back."""
-    for vpc in world.values():
+def new_forward(world, uplink, before=()):
+    """What the host's own forwarding was before the first NAT: kept, so that the last one can put it back.
+    `before`: records that are about to be replaced, and may be those that know."""
+    for vpc in list(before) + list(world.values()):
         if vpc.get("forward"):
             return vpc["forward"]
     ours = record_names(world) | {"lo", uplink}
@@ -3662,8 +3664,8 @@ def set_outside(ctl, world, vpc, entry):
         for given in subnet.get("publish", ()):
             add_published(ctl, world, vpc, subnet["name"], given.get("interface"), given.get("protocol", "tcp"),
                           given["host_port"], given.get("port", given["host_port"]))
-    settle_forward(vpc, new_forward(dict(ctl.world, **world), (vpc.get("nat") or vpc["published"][0])["interface"])
-                   if vpc.get("nat") or vpc["published"] else None)
+    outside = vpc.get("nat") or (vpc["published"] or [None])[0]
+    settle_forward(vpc, outside and new_forward(dict(ctl.world, **world), outside["interface"], ctl.world.values()))
 
 
 def set_peers(ctl, new, topology, wanted):
@@ -3720,6 +3722,7 @@ def plan_lines(old, new):
             lines += vpc_lines(before or {"subnets": [], "apps": [], "published": [], "peers": []}, after)
     peers = [{(name, peer["peer_vpc"]): peer["allowed"] for name, vpc in world.items() for peer in vpc["peers"]
               if peer["side"] == "a"} for world in (old, new)]
+    peers[1] = {pair[::-1] if pair[::-1] in peers[0] else pair: peers[1][pair] for pair in peers[1]}
     for pair in sorted(set(peers[0]) | set(peers[1])):
         lines += change_line("peer %s %s" % pair, *[",".join(side[pair]) if pair in side else None for side in peers])
     return lines
