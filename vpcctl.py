@@ -2858,8 +2858,8 @@ def peer(ctl, args):
     ctl.report("Peered VPC %s with %s (allowed: %s)" % (args.vpc1, args.vpc2, ", ".join(args.allow_cidrs)))
 
 
-def add_peering(ctl, world, a, b, allowed):
-    """Check a peering and write it into both records."""
+def add_peering(ctl, world, a, b, allowed, used=None):
+    """Check a peering and write it into both records. `used`: kernel names in use, if the caller has them."""
     if a is b:
         raise Problem("a VPC cannot be peered with itself: %s" % a["name"], "subnets of one VPC may talk as they are")
     of_a, of_b = sides(a, b, allowed)
@@ -2871,10 +2871,11 @@ def add_peering(ctl, world, a, b, allowed):
         if not blocks:
             raise Problem("no block of VPC %s is named, so nothing could talk" % vpc["name"],
                           "add one, for example %s" % (vpc["subnets"][0]["cidr"] if vpc["subnets"] else vpc["cidr"]))
-    used = record_names(world) | kernel_names(ctl)
+    used = record_names(world) | kernel_names(ctl) if used is None else used
     pair = "%s-%s" % (a["name"], b["name"])
     base = short_name("pv-", pair, "-a", 15, lambda found: found in used or found[:-1] + "b" in used)
     chain = short_name("vpc-peer-", pair, "", 28, used.__contains__)
+    used.update((base + "-a", base + "-b", chain))
     entry = {"veth_a": base + "-a", "veth_b": base + "-b", "chain": chain, "allowed": list(allowed)}
     a["peers"].append(dict(entry, peer_vpc=b["name"], side="a"))
     b["peers"].append(dict(entry, peer_vpc=a["name"], side="b"))
@@ -3614,7 +3615,7 @@ def desired_world(ctl, topology, prune=False):
         set_subnets(ctl, new[name], entry, new, used)
     for name, entry in wanted.items():
         set_outside(ctl, new, new[name], entry)
-    set_peers(ctl, new, topology, wanted)
+    set_peers(ctl, new, topology, wanted, used)
     return new
 
 
@@ -3668,7 +3669,7 @@ def set_outside(ctl, world, vpc, entry):
     settle_forward(vpc, outside and new_forward(dict(ctl.world, **world), outside["interface"], ctl.world.values()))
 
 
-def set_peers(ctl, new, topology, wanted):
+def set_peers(ctl, new, topology, wanted, used):
     """Make the peerings those of a topology; those with VPCs that it does not name are left alone."""
     pairs = {}
     for entry in topology["peers"]:
@@ -3679,9 +3680,10 @@ def set_peers(ctl, new, topology, wanted):
             found = pairs.get(frozenset((name, peer["peer_vpc"])))
             if (not found and peer["peer_vpc"] in wanted) or (found and sorted(found[2]) != sorted(peer["allowed"])):
                 remove_peering(new[name], new[peer["peer_vpc"]])
+                used.difference_update((peer["veth_a"], peer["veth_b"], peer["chain"]))
     for a, b, allowed in pairs.values():
         if not any(peer["peer_vpc"] == b["name"] for peer in a["peers"]):
-            add_peering(ctl, new, a, b, allowed)
+            add_peering(ctl, new, a, b, allowed, used)
 
 
 def change_world(ctl, new):
