@@ -16,6 +16,11 @@ sys.dont_write_bytecode = True
 
 import vpcctl  # noqa: E402
 
+# What the section on troubleshooting quotes.
+MESSAGES = ("this needs root: it works on the machine's network", "Cannot find required command: ", " exists already with ",
+            "refused: the host answered, nothing listens there", "no answer: dropped on the way", "ending process ",
+            " in namespace ", " is in use already in ", "record unreadable: vpcctl delete --force ", "down: vpcctl restore",
+            "this machine does not let ordinary users make namespaces")
 README = os.path.join(os.path.dirname(HERE), "README.md")
 
 
@@ -92,6 +97,13 @@ class ReadmeTest(unittest.TestCase):
         self.assertIn("7001 to %d" % max(prefs), self.text)
         self.assertEqual((min(prefs), vpcctl.FIRST_TABLE, vpcctl.FENCE_TABLE, vpcctl.PROTOCOL), (7001, 7001, "7000", "118"))
         self.assertIn("protocol %s" % vpcctl.PROTOCOL, self.text)
+
+    def test_messages_are_the_programs_own(self):
+        with open(vpcctl.__file__, encoding="utf-8") as handle:
+            source = re.sub(r'"\s*\n\s*"', "", handle.read())
+        for message in MESSAGES:
+            self.assertIn(message, source)
+            self.assertIn(message, self.text)
 
     def test_files_it_speaks_of_are_there(self):
         top = os.path.dirname(README)
