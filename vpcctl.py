@@ -5215,6 +5215,20 @@ GLOBAL_OPTIONS = (
 )
 
 
+def synopsis(name):
+    """A command as one types it, without the options that all commands have: `create VPC --cidr BLOCK`."""
+    words = []
+    for flags, options in COMMANDS[name]["arguments"]:
+        value = options.get("metavar") or "|".join(options.get("choices") or ())
+        if not flags[0].startswith("-"):
+            program, many = value.startswith("-- "), options.get("nargs") == "*"
+            words.append((2 * program, "[%s%s]" % (value, "" if program else "…") if many else value))
+        else:
+            text = flags[0] + (" " + value if value else "")
+            words.append((1, text if options.get("required") else "[%s]" % text))
+    return " ".join([name] + [text for _, text in sorted(words, key=lambda word: word[0])])
+
+
 def add_arguments(parser, arguments, **more):
     """Give a parser arguments of the command table."""
     for flags, options in arguments:
@@ -5238,12 +5252,13 @@ def build_parser(only=None):
             continue
         listed = {} if entry["hidden"] else {"help": text}
         own = commands.add_parser(name, allow_abbrev=False, description=text[:1].upper() + text[1:] + ".",
+                                  usage="vpcctl " + synopsis(name).replace(name, name + " [OPTIONS]", 1),
                                   epilog="Example:  vpcctl " + shown(entry["example"]), **listed)
         own.example = shown(entry["example"])
+        add_arguments(own, entry["arguments"])
         own.add_argument("--version", action="version", version="vpcctl " + VERSION)
         # The same options again, so that they may stand before or after the command's name.
         add_arguments(own, GLOBAL_OPTIONS, default=argparse.SUPPRESS)
-        add_arguments(own, entry["arguments"])
     return parser
 
 

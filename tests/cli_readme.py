@@ -24,29 +24,16 @@ MESSAGES = ("this needs root: it works on the machine's network", "Cannot find r
 README = os.path.join(os.path.dirname(HERE), "README.md")
 
 
-def word(flags, options):
-    """An argument of the command table as one types it: `--port PORT`, `[--quiet]`, `[VPC...]`."""
-    value = options.get("metavar") or "|".join(options.get("choices") or ())
-    if not flags[0].startswith("-"):
-        many = options.get("nargs") == "*"
-        value = value or flags[0]
-        return "[%s%s]" % (value, "" if value.startswith("--") else "...") if many else value
-    text = flags[0] if options.get("action") == "store_true" else "%s %s" % (flags[0], value)
-    return text if options.get("required") else "[%s]" % text
-
-
-def row(name, entry):
+def row(name):
     """The line of a command in the README's table."""
-    words = [word(*argument) for argument in entry["arguments"]]
-    words.sort(key=lambda text: 2 if text.startswith("[-- ") else 1 if "--" in text or text[:2] == "[-" else 0)
-    text = " ".join([name] + words).replace("\u2026", "...").replace("|", "\\|")
-    return "| `%s` | %s |" % (text, vpcctl.COMMANDS[name]["handler"].__doc__.strip().replace("|", "\\|"))
+    cells = "`%s`" % vpcctl.synopsis(name).replace("\u2026", "..."), vpcctl.COMMANDS[name]["handler"].__doc__.strip()
+    return "| %s |" % " | ".join(cell.replace("|", "\\|") for cell in cells)
 
 
 def table():
     """The README's table of commands."""
     return ["| Command | What it does |", "|---|---|"] + [
-        row(name, entry) for name, entry in vpcctl.COMMANDS.items() if not entry["hidden"]]
+        row(name) for name, entry in vpcctl.COMMANDS.items() if not entry["hidden"]]
 
 
 class ReadmeTest(unittest.TestCase):
