@@ -28,6 +28,7 @@ import os
 import re
 import sys
 from collections import namedtuple
+from contextlib import contextmanager
 
 VERSION = "1.0.0"
 ALIAS = "vpcctl:"                 # our mark on links, followed by the VPC's name
@@ -225,7 +226,10 @@ def interface_type(text):
 
 def names_type(text):
     """argparse type: comma-separated names."""
-    return [name_type(part.strip()) for part in text.split(",") if part.strip()]
+    names = [name_type(part.strip()) for part in text.split(",") if part.strip()]
+    if not names:
+        raise argparse.ArgumentTypeError("no name given; write them like web,db")
+    return names
 
 
 def publish_type(text):
@@ -2709,7 +2713,8 @@ def new_nat(ctl, vpc, interface, subnets):
     check_uplink(ctl, interface)
     for name in subnets or ():
         ctl.subnet(vpc, name)
-    return {"interface": interface, "subnets": subnets or None, "dns": name_servers()}
+    chosen = [subnet["name"] for subnet in vpc["subnets"] if subnet["name"] in subnets] if subnets else None
+    return {"interface": interface, "subnets": chosen, "dns": name_servers()}
 
 
 def check_uplink(ctl, interface):
@@ -2956,12 +2961,17 @@ def read_json(path, what):
     except OSError as error:
         raise Problem("cannot read the %s %s: %s" % (what, path, error.strerror)) from None
     except (ValueError, RecursionError) as error:
-        raise Problem("%s is not JSON: %s" % (path, error), "the README shows the format") from None
+        raise Problem("%s is not JSON: %s" % (spoken(path), error), "the README shows the format") from None
+
+
+def spoken(path):
+    """A file's name for people."""
+    return "standard input" if path == "-" else path
 
 
 def read_policy(ctl, vpc, path):
     """A policy file -> (the subnet it is for, the policy). Problem names file, direction and rule number."""
-    policy = read_json(path, "policy file")
+    policy, path = read_json(path, "policy file"), spoken(path)
     if not isinstance(policy, dict):
         raise Problem("%s: a policy is an object with subnet, ingress, egress" % path)
     target = policy.get("subnet")
@@ -3439,24 +3449,25 @@ PRUNE = arg("--prune", action="store_true", help="also delete VPCs that the file
 @command("apply", "apply topology.json", TOPOLOGY, PRUNE, changes=True)
 def apply(ctl, args):
     """make the host match a topology file: create, change and remove what differs"""
-    topology = check_topology(read_json(args.file, "topology file"), args.file)
+    source = spoken(args.file)
+    topology = check_topology(read_json(args.file, "topology file"), source)
     names = [vpc["name"] for vpc in topology["vpcs"]]
     if not ctl.dry_run:
         heal_first(ctl, names)
     new = desired_world(ctl, topology, args.prune)
     lines = plan_lines(ctl.world, new)
     if not lines:
-        return already(ctl, names, "The host matches %s already" % args.file)
+        return already(ctl, names, "The host matches %s already" % source)
     change_world(ctl, new)
     for line in lines:
         ctl.report(line)
-    ctl.report("Applied %s: %s" % (args.file, counted(len(lines), "change")))
+    ctl.report("Applied %s: %s" % (source, counted(len(lines), "change")))
 
 
 @command("plan", "plan topology.json", TOPOLOGY, PRUNE)
 def plan_command(ctl, args):
     """show what apply would change: exit code 0 nothing, 1 something"""
-    topology = check_topology(read_json(args.file, "topology file"), args.file)
+    topology = check_topology(read_json(args.file, "topology file"), spoken(args.file))
     ctl.dry_run = True                            # read the records only; ask nobody
     lines = plan_lines(ctl.world, desired_world(ctl, topology, args.prune))
     for line in lines:
@@ -3555,35 +3566,39 @@ def check_part(value, shape, place):
         if not isinstance(value, list):
             raise Problem("%s is not a list" % place)
         return [check_part(item, shape[0], "%s[%d]" % (place, number)) for number, item in enumerate(value)]
+    here = place.rstrip(": ")
     if not isinstance(value, dict):
-        raise Problem("%s is not an object" % place)
+        raise Problem("%s is not an object" % here)
     known = {key.rstrip("!"): key for key in shape}
     for key in value:
         if key not in known:
-            raise Problem("%s: unknown key '%s'" % (place, key), nearest(key, known) or "known: " + ", ".join(known))
+            raise Problem("%s: unknown key '%s'" % (here, key), nearest(key, known) or "known: " + ", ".join(known))
     for key, spelled in known.items():
         if spelled.endswith("!") and key not in value:
-            raise Problem("%s: '%s' is missing" % (place, key))
-    return {key: check_part(value[key], shape[known[key]], "%s.%s" % (place, key)) for key in value}
+            raise Problem("%s: '%s' is missing" % (here, key))
+    return {key: check_part(value[key], shape[known[key]], place + "." * (place == here) + key) for key in value}
 
 
 def check_topology(value, path):
     """Check a topology file -> the topology. A Problem names file and place; a name given twice is refused."""
-    topology = check_part(value, TOPOLOGY_SHAPE, path)
+    topology = check_part(value, TOPOLOGY_SHAPE, path + ": ")
     topology.setdefault("peers", [])
     unique([vpc["name"] for vpc in topology["vpcs"]], "%s: VPC" % path)
     for number, vpc in enumerate(topology["vpcs"]):
-        place = "%s.vpcs[%d]" % (path, number)
+        place = "%s: vpcs[%d]" % (path, number)
         unique([subnet["name"] for subnet in vpc.get("subnets", ())], "%s: subnet" % place)
         for subnet in vpc.get("subnets", ()):
             unique([app["port"] for app in subnet.get("apps", ())], "%s, subnet %s: app on port" % (place, subnet["name"]))
         known = [subnet["name"] for subnet in vpc.get("subnets", ())]
-        for name in (vpc.get("nat") or {}).get("subnets", ()):
+        filtered = vpc.get("nat", {}).get("subnets")
+        if filtered == []:
+            raise Problem("%s.nat.subnets is empty" % place, "name the subnets, or leave it out: that means all")
+        for name in filtered or ():
             if name not in known:
                 raise Problem("%s.nat.subnets: there is no subnet '%s'" % (place, name), nearest(name, known))
     for number, entry in enumerate(topology["peers"]):
         if len(entry["vpcs"]) != 2:
-            raise Problem("%s.peers[%d].vpcs: a peering has two VPCs" % (path, number))
+            raise Problem("%s: peers[%d].vpcs: a peering has two VPCs" % (path, number))
     unique([" and ".join(sorted(entry["vpcs"])) for entry in topology["peers"]], "%s: peering of" % path)
     return topology
 
@@ -3595,6 +3610,15 @@ def unique(names, what):
         if name in seen:
             raise Problem("%s %s is given twice" % (what, name))
         seen.add(name)
+
+
+@contextmanager
+def placed(place):
+    """What is refused inside is told with the place in the file to which it belongs."""
+    try:
+        yield
+    except Problem as problem:
+        raise Problem("%s: %s" % (place, problem), problem.hint, problem.code) from None
 
 
 def desired_world(ctl, topology, prune=False):
@@ -3610,11 +3634,13 @@ def desired_world(ctl, topology, prune=False):
     for name, entry in wanted.items():
         if name in ctl.damaged:
             ctl.vpc(name)
-        if name not in new:
-            new[name] = new_vpc(ctl, name, entry["cidr"], new, used)
-        set_subnets(ctl, new[name], entry, new, used)
+        with placed("VPC %s" % name):
+            if name not in new:
+                new[name] = new_vpc(ctl, name, entry["cidr"], new, used)
+            set_subnets(ctl, new[name], entry, new, used)
     for name, entry in wanted.items():
-        set_outside(ctl, new, new[name], entry)
+        with placed("VPC %s" % name):
+            set_outside(ctl, new, new[name], entry)
     set_peers(ctl, new, topology, wanted, used)
     return new
 
@@ -3625,14 +3651,15 @@ def set_subnets(ctl, vpc, entry, world, used):
     wanted = entry.get("subnets", [])
     vpc["subnets"], apps = [], {(app["subnet"], app["port"]): app for app in vpc["apps"]}
     vpc["apps"] = []
-    no_overlap(vpc["name"], wanted)
+    no_overlap(wanted)
     for given in wanted:
         subnet = have.get(given["name"])
         gateway = given.get("gw") or first_address(given["cidr"])
         if not subnet or (subnet["cidr"], subnet["gw"]) != (given["cidr"], gateway):
             if subnet:
                 used.difference_update((subnet["ns"], subnet["veth"] + "-a", subnet["veth"] + "-b"))
-            subnet = new_subnet(ctl, vpc, given["name"], given["cidr"], given.get("gw"), world, used)
+            with placed("subnet %s" % given["name"]):
+                subnet = new_subnet(ctl, vpc, given["name"], given["cidr"], given.get("gw"), world, used)
         vpc["subnets"].append(subnet)
         subnet["policy"] = given.get("policy") or json.loads(json.dumps(DEFAULT_POLICY))
         for app in given.get("apps", ()):
@@ -3643,12 +3670,12 @@ def set_subnets(ctl, vpc, entry, world, used):
         policy_names(subnet, vpc)
 
 
-def no_overlap(vpc_name, subnets):
+def no_overlap(subnets):
     """Problem if two subnets of a topology overlap. Sorted, so that 500 take 500 looks and not 125,000."""
     blocks = sorted((as_network(subnet["cidr"]), subnet["name"]) for subnet in subnets)
     for (low, first), (high, second) in zip(blocks, blocks[1:]):
         if low.overlaps(high):
-            raise Problem("VPC %s: subnets %s (%s) and %s (%s) overlap" % (vpc_name, first, low, second, high))
+            raise Problem("subnets %s (%s) and %s (%s) overlap" % (first, low, second, high))
 
 
 def set_outside(ctl, world, vpc, entry):
@@ -5113,7 +5140,7 @@ def manual(ctl, _args):
     for name, entry in COMMANDS.items():
         if entry["hidden"]:
             continue
-        lines += [".SS " + name, plain((entry["handler"].__doc__ or "").strip()) + ".", ".PP", "Example:",
+        lines += [".SS " + plain(synopsis(name)), plain((entry["handler"].__doc__ or "").strip()) + ".", ".PP", "Example:",
                   ".B vpcctl " + plain(shown(entry["example"]))]
         for flags, options in entry["arguments"]:
             words = [", ".join(flags) if flags[0].startswith("-") else "", options.get("metavar") or (
@@ -5123,7 +5150,8 @@ def manual(ctl, _args):
               "what was done was taken back; 4 the machine lacks something; 130, 143 stopped by a signal.",
               ".SH FILES", ".TP", ".B " + plain(".vpcctl_data"),
               plain("the records, one JSON file per VPC, and vpcctl.log; beside vpcctl.py, or as --data-dir or VPCCTL_DATA say"),
-              ".SH ENVIRONMENT", ".TP", ".B VPCCTL_DATA", "the data folder", ".TP", ".B NO_COLOR", "no colour, if it is set"]
+              ".SH ENVIRONMENT", ".TP", ".B VPCCTL_DATA", "the data folder", ".TP", ".B VPCCTL_WAIT",
+              "how many seconds to wait while another vpcctl is at work (60)", ".TP", ".B NO_COLOR", "no colour, if it is set"]
     for line in lines:
         ctl.say(line)
 
