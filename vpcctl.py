@@ -1355,7 +1355,7 @@ def resources(world):
                     (base, vpc_base(other), peer), (plan_peering, (vpc, other, peer)))
         found["names", name] = (name_data(world, vpc), render_resolv(vpc)), (plan_names, (world, vpc))
     if ways:
-        found["forwarding", ""] = forwarding_data(ways["forwarding"]), (plan_forwarding, (world, ways["forwarding"]))
+        found["forwarding", ""] = forwarding_data(world, ways["forwarding"]), (plan_forwarding, (world, ways["forwarding"]))
     return {key: found[key] for key in sorted(found, key=lambda key: RANK.index(key[0]))}
 
 
@@ -1470,7 +1470,7 @@ def plan_switch(vpc):
         lookup_step(PREF_VOID, bridge, "blackhole", "a forged sender gets no answer"),
         lookup_step(PREF_IN, "lo", "lookup main", "the host itself may go to the VPC", "to " + cidr),
         # Without it, another program's rules put before ours in FORWARD (Docker's) would let its networks in.
-        lookup_step(PREF_SHUT, "", "unreachable", "no other network of the host may", "to " + cidr),
+        lookup_step(PREF_SHUT, "", "blackhole", "no other network of the host may", "to " + cidr),
     ]
 
 
@@ -1669,19 +1669,21 @@ def file_step(vpc_name, file, text, why):
     return Step(FILE, ("file", path, text), (("tee", path, text),), (("rm", "-f", path),), why, None, ("file", path))
 
 
-def forwarding_data(vpcs):
-    """On what the host's own part in NAT depends: the uplinks of each range, and how the host was before."""
+def forwarding_data(world, vpcs):
+    """On what the host's own part in NAT depends: the uplinks of each range, all ranges, and how the host was before."""
     ways = {(vpc["cidr"], vpc["nat"]["interface"]) for vpc in vpcs if vpc.get("nat")}
     ways |= {(vpc["cidr"], published["interface"]) for vpc in vpcs for published in vpc["published"]}
-    return sorted(ways), vpcs[0]["forward"]
+    return sorted(ways), sorted((vpc["name"], vpc["cidr"]) for vpc in world.values()), vpcs[0]["forward"]
 
 
 def plan_forwarding(world, vpcs):
     """The host as a router: on for as long as some VPC has NAT. If it was off before, then only for our packets."""
-    ways, forward = forwarding_data(vpcs)
+    ways, ranges, forward = forwarding_data(world, vpcs)
     uplinks = sorted({uplink for _, uplink in ways})
     steps = [lookup_step(PREF_IN, uplink, "lookup main", "answers, and what was published", "to " + cidr)
              for cidr, uplink in ways]
+    steps += [rule_step("PREROUTING", ("-s", cidr, "-i", uplink, "-j", "DROP"), "a VPC's address from outside is forged",
+                        "raw", "prepend", ALIAS + name) for uplink in uplinks for name, cidr in ranges]
     if forward["was"] != "0":
         return steps + [forward_step("net.ipv4.ip_forward", "1", "the host passes packets on")]
     # Writing 0 clears the switch of every interface, so those of our bridges and those that were on are set again.
@@ -1719,10 +1721,9 @@ def plan_published(vpc, published):
         rule_step("PREROUTING", ("-i", uplink, "-p", protocol, "--dport", str(published["host_port"]), "-m", "addrtype",
                                  "--dst-type", "LOCAL", "-j", "DNAT", "--to-destination", "%s:%s" % (address, port)),
                   "this port of the host is the subnet's", "nat", "append", "vpcctl-publish-" + vpc["name"]),
-        # Not from the VPC's own addresses: from outside they are forged, and a policy may trust them.
-        rule_step(chain, ("!", "-s", vpc["cidr"], "-d", address, "-i", uplink, "-o", bridge, "-p", protocol, "--dport", port,
-                          "-m", "conntrack", "--ctstate", "DNAT", "--ctorigdstport", str(published["host_port"]),
-                          "-j", "ACCEPT"), "in by the published port", mark=mark, holder=held),
+        rule_step(chain, ("-d", address, "-i", uplink, "-o", bridge, "-p", protocol, "--dport", port, "-m", "conntrack",
+                          "--ctstate", "DNAT", "--ctorigdstport", str(published["host_port"]), "-j", "ACCEPT"),
+                  "in by the published port", mark=mark, holder=held),
         rule_step(chain, ("-s", address, "-i", bridge, "-o", uplink, "-p", protocol, "--sport", port) + REPLIES
                   + ("-j", "ACCEPT"), "and the answers back", mark=mark, holder=held)]
     return steps + [lookup_step(PREF_OUT, bridge, "lookup main", "the answers' way out",
@@ -2357,7 +2358,11 @@ def delete_vpcs(ctl, names):
         del new[name]
     for vpc in new.values():
         vpc["peers"] = [peer for peer in vpc["peers"] if peer["peer_vpc"] not in names]
-    ctl.change(new, before=lambda: evict(ctl, spaces))
+
+    def stop():
+        evict(ctl, spaces)
+        end_stranded(ctl, [ctl.world[name] for name in names])
+    ctl.change(new, before=stop)
     for name in names:
         ctl.report("Deleted VPC: %s" % name)
 
@@ -2523,6 +2528,7 @@ def mend(ctl, names, gone=()):
         ctl.run.transact(leftovers(seen, set(steps) | set(stale)), [])
         seen = look()
     removes, makes = mending(steps, stale, seen)
+    end_stranded(ctl, [ctl.world[name] for name in sorted(names) if name in ctl.world])
     evict(ctl, [step.fact[1] for step in removes if step.fact[0] == "ns"])
     ctl.run.transact(removes, makes)
     note_lost(ctl, new)
@@ -2719,14 +2725,15 @@ def new_nat(ctl, vpc, interface, subnets):
 
 def check_uplink(ctl, interface):
     """Problem unless an interface is there and is not one of ours."""
-    if interface == "lo" or any(interface in record_names({name: vpc}) for name, vpc in ctl.world.items()):
+    ours = record_names(ctl.world)
+    if interface == "lo" or interface in ours:
         raise Problem("%s is not a way out" % interface, "`ip route | grep default` shows the interface")
     if interface not in host_interfaces():
         text = "there is no network interface '%s' here" % interface
         if ctl.dry_run:
             return ctl.note(text)
         raise Problem(text, "there are: %s; `ip route | grep default` shows which leads out"
-                      % ", ".join(name for name in host_interfaces() if name != "lo"))
+                      % ", ".join(name for name in host_interfaces() if name != "lo" and name not in ours))
 
 
 def default_interface():
@@ -3184,6 +3191,8 @@ def tidy_apps(ctl, names, new, keep_logs=False):
         for entry in os.listdir(folder) if os.path.isdir(folder) else ():
             if "%s/%s" % (folder, entry) not in kept:
                 remove_tree("%s/%s" % (folder, entry))
+        if not kept:
+            _rmdir(folder)
     if keep_logs or ctl.damaged:
         return
     kept = {app["log"] for vpc in new.values() for app in vpc["apps"]}
@@ -3339,6 +3348,16 @@ def revive_apps(ctl, vpcs, troubles=None):
             except Problem as problem:
                 troubles.append((vpc_name, app, problem))
     return len(gone)
+
+
+def end_stranded(ctl, vpcs):
+    """End apps whose namespace has lost its name: the process that was started, by number, start and its tag."""
+    for vpc in vpcs:
+        for app in vpc["apps"]:
+            if (app["pid"] > 1 and app["start"] and process_start(app["pid"]) == app["start"] and not is_alive(app)
+                    and tagged(app["pid"], app_tag(vpc["name"], app))):
+                ctl.run.echo(("kill", str(app["pid"])), "ends an app whose namespace is lost")
+                stop_process(app["pid"])
 
 
 def tagged(pid, tag):

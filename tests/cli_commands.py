@@ -385,7 +385,7 @@ class RefusalTest(CliTest):
             content = content if isinstance(content, str) else json.dumps(content)
             answer = self.refused("--dry-run", "apply-policy", "blog", "-", input=content, text=text, hint=hint)
             if not text.startswith("names"):
-                self.assertIn("vpcctl: -", answer.err, "the file is named")
+                self.assertIn("vpcctl: standard input", answer.err, "the file is named")
         self.dry("apply-policy blog /nonexistent.json", "cannot read the policy file /nonexistent.json: No such file")
         self.dry("apply-policy blog /", "cannot read the policy file /")
         path = os.path.join(os.path.dirname(VPCCTL), "vpcctl.py")
