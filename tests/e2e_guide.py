@@ -406,6 +406,14 @@ class PreviewTest(GuideTest):
         self.assertEqual(vpcctl("add-subnet", "blog", "web", "--quiet").out, "")
         self.assertEqual(vpcctl("list").out, "VPCs:\n- blog\n")
 
+    def test_nobody_reads_the_output(self):
+        """A reader who has gone, a full disk, a closed stdout: a change is finished all the same."""
+        for number, end in enumerate(("2>/dev/null | head -n 1", "2>/dev/null | true", ">/dev/full", ">&-", ">&- 2>&- <&-")):
+            name = "x%d" % number
+            run(["sh", "-c", "vpcctl create %s --cidr 10.%d.0.0/16 %s" % (name, 40 + number, end)])
+            self.assertEqual(record(name)["name"], name)
+        self.assertEqual(vpcctl("verify", ok=False).code, 0)
+
     def test_again_and_otherwise(self):
         policy = self.file("p.json", DATABASE_POLICY)
         steps = (("create blog --cidr 10.20.0.0/16", "create blog --cidr 10.21.0.0/16",
@@ -449,7 +457,8 @@ class PreviewTest(GuideTest):
         before = snapshot()
         for line, text, hint in (
                 ("create x --cidr 192.0.2.0/25", "192.0.2.0/25 overlaps a network that this host already has", "not in use"),
-                ("enable-nat blog --interface nope0", "there is no network interface 'nope0' here", "eth0"),
+                ("enable-nat blog --interface nope0", "there is no network interface 'nope0' here",
+                 "there are: eth0, br-taken; "),
                 ("enable-nat blog --interface br-blog", "br-blog is not a way out", "ip route")):
             result = vpcctl(*line.split(), code=2)
             self.assertIn(text, result.err)
