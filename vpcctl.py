@@ -1740,7 +1740,7 @@ def sides(a, b, allowed):
 
 
 def plan_peering(a, b, peer):
-    """A peering: the cable of the guide between the switches, and the routed way that packets take."""
+    """A peering: a cable between the switches, and the routed way that packets take."""
     ends, chain = (peer["veth_a"], peer["veth_b"]), peer["chain"]
     cable, held = ("link", ends[0]), ("chain", "filter", peer["chain"])
     of_a, of_b = sides(a, b, peer["allowed"])
@@ -3352,7 +3352,7 @@ def revive_apps(ctl, vpcs, troubles=None):
 
 def end_stranded(ctl, vpcs):
     """End apps whose namespace has lost its name: the process that was started, by number, start and its tag."""
-    for vpc in vpcs:
+    for vpc in vpcs if not ctl.dry_run else ():
         for app in vpc["apps"]:
             if (app["pid"] > 1 and app["start"] and process_start(app["pid"]) == app["start"] and not is_alive(app)
                     and tagged(app["pid"], app_tag(vpc["name"], app))):
@@ -4708,7 +4708,7 @@ SANDBOX_SIGNALS = ("SIGINT", "SIGQUIT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2
 SANDBOX_GREETING = """\
 This is a throw-away machine: root, an uplink eth0, nothing of it is connected to yours.
 Try:   vpcctl create blog --cidr 10.20.0.0/16     (add --why to learn what each command does)
-The "internet" is 203.0.113.1: it answers ping and HTTP. The guide's sudo works here as well.
+The "internet" is 203.0.113.1: it answers ping and HTTP. You may type sudo, but need not.
 Type   exit   to end it: every VPC, process and network in it is gone then.
 """
 SANDBOX_SUDO = """\
@@ -5134,7 +5134,8 @@ def values(ctl, options, placed):
     if kind == "file":
         return [":file"]
     if kind == "interface":
-        return host_interfaces()
+        ours = record_names(ctl.world) | {"lo"}
+        return [name for name in host_interfaces() if name not in ours]
     if "choices" in options:
         return list(options["choices"])
     vpc = ctl.world.get(placed[0]) if placed else None
