@@ -240,7 +240,7 @@ class MatrixTest(World):
         self.core("routing rules gone")
         found = vpcctl("verify", code=1).out
         for text in ("iif br-blue lookup 7001", "iif br-red from 10.2.0.0/16 lookup 7000", "from 10.1.1.0/24 lookup main",
-                     "iif eth0 to 10.1.0.0/16", "to 10.3.0.0/16 unreachable"):
+                     "iif eth0 to 10.1.0.0/16", "to 10.3.0.0/16 blackhole"):
             with self.subTest(text):
                 self.assertIn(text, found)
         settle("ip", "route", "flush", "table", "7002")
