@@ -56,7 +56,8 @@ uninstall: ## take away what install made; VPCs and packages stay
 	@rm -f "$(COMPDIR)/vpcctl" "$(MANDIR)/vpcctl.8"
 
 clean: ## remove what running leaves behind (never the records of live VPCs)
-	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || { \
+	    echo "make: some of it belongs to root: try sudo make clean"; exit 1; }
 	@find . -name '*.pyc' -type f -exec rm -f {} +
 	@if [ -d .vpcctl_data ] && ls .vpcctl_data/vpc_*.json >/dev/null 2>&1; then \
 	    echo ".vpcctl_data is kept: it holds VPCs (vpcctl cleanup-all deletes them)"; \
