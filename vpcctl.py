@@ -255,9 +255,10 @@ GONE = re.compile(r"Cannot find device|No such (file|process|device)|does not ex
 
 
 def shown(argv):
-    """A command as one would type it; a file's content is left out."""
-    if argv[0] == "tee":
-        argv = argv[:2]
+    """A command as one would type it; a long file's content is cut."""
+    if argv[0] == "tee" and len(argv) > 2:
+        text = argv[2].replace("\n", "\\n")
+        return "printf '%s' | tee %s" % (text if len(text) <= 200 else text[:200] + "…", argv[1])
     if argv[-1] == "&":
         return shown(argv[:-1]) + " &"
     if all(re.match(r"[\w@%+=:,./-]+\Z", word) for word in argv):
@@ -1848,7 +1849,7 @@ def policy_step(space, rules):
     prefix = ("ip", "netns", "exec", space, "iptables")
     return Step(INSIDE, ("policy", space, tuple(rules)),
                 tuple(prefix + rule for rule in rules), tuple(prefix + ("-D",) + rule[1:] for rule in rules),
-                "the subnet's policy", ("ns", space), ("policy", space))
+                "the subnet's policy, all of it in one go", ("ns", space), ("policy", space))
 
 
 # -- names
@@ -3883,7 +3884,9 @@ def inspect(ctl, args):
     """print the record of a VPC, as JSON"""
     if args.vpc in ctl.intents and args.vpc not in ctl.world:
         raise Problem("VPC %s is unfinished: a change was cut short" % args.vpc, "`vpcctl restore` finishes it")
-    ctl.say(json.dumps(ctl.vpc(args.vpc), indent=2))
+    vpc = ctl.vpc(args.vpc)
+    rules = ",\n    ".join(json.dumps(argv) for argv in vpc["host_iptables"])     # a line each, not a line a word
+    ctl.say(json.dumps(dict(vpc, host_iptables="@"), indent=2).replace('"@"', "[\n    %s\n  ]" % rules, 1))
 
 
 @command("verify", "verify", arg("--json", action="store_true", help="the findings as JSON"))

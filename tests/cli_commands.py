@@ -127,7 +127,7 @@ class DryRunTest(CliTest):
             r">>> ip link set br-blog up",
             r">>> iptables -N vpc-blog"])
         for line in answer.out.splitlines():
-            self.assertRegex(line, r"^>>> (ip|bridge|iptables|sysctl|mkdir|tee|ln) ")
+            self.assertRegex(line, r"^>>> (ip|bridge|iptables|sysctl|mkdir|printf|ln) ")
 
     def test_add_subnet(self):
         self.records()
