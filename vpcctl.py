@@ -419,7 +419,7 @@ def file_batch(commands):
 
 def _write_sysctl(_, setting):
     key, value = setting.split("=", 1)
-    if key.startswith("net.ipv6.") and not os.path.exists("/proc/sys/net/ipv6"):
+    if key.startswith("net.ipv6.") and not os.path.exists("/proc/sys/net/ipv6/conf"):
         return                                    # this kernel has no IPv6 to switch off
     with open(sysctl_path(key), "w") as switch:
         switch.write(value)
@@ -1946,7 +1946,7 @@ def sysctl_value(key):
         with open(sysctl_path(key)) as switch:
             return switch.read().strip()
     except OSError:
-        return "1" if key.startswith("net.ipv6.") and not os.path.exists("/proc/sys/net/ipv6") else None
+        return "1" if key.startswith("net.ipv6.") and not os.path.exists("/proc/sys/net/ipv6/conf") else None
 
 
 def file_holds(fact, any_content=False):
@@ -3964,7 +3964,7 @@ def capability_notes(world):
                      "address and hardware address" % ", ".join(unlocked))
     if not os.path.exists("/proc/sys/net/bridge/bridge-nf-call-iptables"):
         notes.append("br_netfilter is not loaded: nothing depends on it")
-    if not os.path.exists("/proc/sys/net/ipv6"):
+    if not os.path.exists("/proc/sys/net/ipv6/conf"):
         notes.append("this kernel has no IPv6: there is none to switch off")
     return notes
 
