@@ -950,9 +950,13 @@ class Store:
             if os.fstat(handle).st_mode & 0o022:
                 raise ValueError("others may write in it: sudo chmod go-w")
             record = json.load(opened)
-        if kind == "intent" and record == {"gone": name}:
-            return None
-        check_record(record, name)
+        if kind == "intent":
+            check_shape(record, {"last": _NAME, "becomes?": dict}, "the note")
+            if not os.path.exists(self.path(record["last"], "intent")):
+                raise ValueError("the change had not begun")
+            record = record["becomes"]
+        if record is not None:
+            check_record(record, name)
         return record
 
     def load(self):
@@ -999,10 +1003,11 @@ class Store:
             except OSError as error:
                 raise half_done(Problem("cannot save %s: %s" % (path, error.strerror), "`vpcctl restore` finishes it", 3))
 
-    def intend(self, name, record):
-        """Write what a change will lead to (None: the VPC goes). It means nothing after a power cut, when the kernel
-        has forgotten everything, so it need not reach the disk."""
-        self._put(self.path(name, "intent"), json.dumps(record or {"gone": name}) + "\n", False)
+    def intend(self, name, record, last):
+        """Write what a change will lead to (None: the VPC goes). `last` is the VPC of the change whose intent is written
+        and dropped last: while it is missing, the change has not begun. It means nothing after a power cut, when the
+        kernel has forgotten everything, so it need not reach the disk."""
+        self._put(self.path(name, "intent"), json.dumps({"last": last, "becomes": record}) + "\n", False)
 
     def drop(self, name, kind="json"):
         """Remove a VPC's file; absent is fine."""
@@ -1183,7 +1188,7 @@ class Control:
         self.store.prepare(" ".join(sys.argv[1:])[:150], self.run.heed)
         self._loaded = None
         for name in set(self.store.names("intent")) - set(self.intents):
-            self.note("removed an unreadable note of a change of VPC %s that was cut short" % name)
+            self.note("forgot a change of VPC %s that was cut short before it began" % name)
             self.store.drop(name, "intent")
 
     def begin_again(self):
@@ -1236,10 +1241,10 @@ class Control:
         written = []
         try:
             for name in touched:
-                self.store.intend(name, new.get(name))
+                self.store.intend(name, new.get(name), touched[-1])
                 written.append(name)
         except Problem:
-            for name in written:
+            for name in reversed(written):
                 self.store.drop(name, "intent")
             raise
 
@@ -1263,7 +1268,7 @@ class Control:
         self.store.save([new[name] for name in sorted(touched) if name in new])
         try:
             tidy_apps(self, touched, new)
-            for name in touched:
+            for name in sorted(touched):
                 if name not in new:
                     remove_tree("%s/%s" % (RUN_DIR, name))
                     self.store.drop(name)
@@ -1275,7 +1280,7 @@ class Control:
 
     def _settle_back(self, touched, old):
         """After a failure that was taken back: no intent is left, and programs that were ended run again."""
-        for name in touched:
+        for name in reversed(touched):
             self.store.drop(name, "intent")
         vpcs = [old[name] for name in touched if name in old]
         stopped, self.run.stopped_by = self.run.stopped_by, 0
@@ -2153,7 +2158,7 @@ def see_table(seen, table, chains, rules):
                 seen.facts.add(base + ("first",))
             if number == len(own) - 1:
                 seen.facts.add(base + ("last",))
-            if ours[number] and comment_of(rule).startswith("vpcctl"):
+            if ours[number]:
                 where = ("-t", table) if table != "filter" else ()
                 seen.owned[base + (None,)] = comment_vpc(comment_of(rule)), Step(
                     FIREWALL, base + (None,), (), (("iptables", *where, "-D", chain, *rule),), holder=fact)
@@ -2300,6 +2305,14 @@ def new_vpc(ctl, name, cidr, world, used=None):
             "peers": [], "nat": None, "published": []}
 
 
+def host_chains():
+    """Names of the host's firewall chains."""
+    code, out, said = call(["iptables-save"])
+    if code:
+        raise Failure(("iptables-save",), said)
+    return {name for chains, _ in parse_rules(out).values() for name, _ in chains}
+
+
 def free_on_host(ctl, block, world):
     """Check a range against the host's own networks -> (a free route table, names of the host's firewall chains)."""
     tables = {vpc["table"] for vpc in world.values()}
@@ -2315,8 +2328,7 @@ def free_on_host(ctl, block, world):
             if table == FENCE_TABLE or block.overlaps(as_network(target if "/" in target else target + "/32")):
                 raise Problem("%s overlaps a network that this host already has: %s%s" % (
                     block, target, " on " + route["dev"] if "dev" in route else ""), "take a range that is not in use here")
-        for chain_list, _ in parse_rules(call(["iptables-save"])[1]).values():
-            chains.update(name for name, _ in chain_list)
+        chains = host_chains()
     table = FIRST_TABLE
     while table in tables:
         table += 1
@@ -2518,7 +2530,7 @@ def mend(ctl, names, gone=()):
     intended = {name: record for name, record in new.items() if record}
     new = {name: record for name, record in intended.items() if name not in gone}
     settle_peers(new, ctl.damaged)
-    names = set(names) | set(broken_off)
+    names = set(names) | set(broken_off) | {name for name in new if new[name] != ctl.world.get(name)}
     steps = plan(new, names)
     stale = plan(ctl.world, names)
     stale.update(plan(intended, names))
@@ -2887,7 +2899,8 @@ def add_peering(ctl, world, a, b, allowed, used=None):
     used = record_names(world) | kernel_names(ctl) if used is None else used
     pair = "%s-%s" % (a["name"], b["name"])
     base = short_name("pv-", pair, "-a", 15, lambda found: found in used or found[:-1] + "b" in used)
-    chain = short_name("vpc-peer-", pair, "", 28, used.__contains__)
+    chains = used if ctl.dry_run else used | host_chains()
+    chain = short_name("vpc-peer-", pair, "", 28, chains.__contains__)
     used.update((base + "-a", base + "-b", chain))
     entry = {"veth_a": base + "-a", "veth_b": base + "-b", "chain": chain, "allowed": list(allowed)}
     a["peers"].append(dict(entry, peer_vpc=b["name"], side="a"))

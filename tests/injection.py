@@ -251,22 +251,21 @@ def steady(value):
     return value
 
 
+def weight(line):
+    """What a rule of ours is, where it matters: the check of senders first, the drops last, all between of equal worth."""
+    target = re.search(r" -j (\S+)", line)
+    target = target.group(1) if target else ""
+    return "source" if target.startswith("vpc-src-") else "drop" if target == "DROP" else "between"
+
+
 def unordered(lines):
-    """Rules with those of one of our chains sorted, but its first and its last: the order of the others is of no weight."""
-    chains = {}
-    for line in lines:
-        words = line.split()
-        chain = words[3] if words[2] == "-A" else words[2]
-        chains.setdefault((words[0], words[1], chain), []).append(line)
+    """Rules with those of equal worth sorted: jumps of different VPCs side by side, and what a chain of ours accepts."""
     found = []
-    for (_, _, chain), own in sorted(chains.items()):
-        if chain.startswith("vpc-"):
-            own = own[:1] + sorted(own[1:-1]) + own[1:][-1:]
-        else:                                     # jumps of different VPCs, side by side
-            for ours, run_of in itertools.groupby(own, lambda line: '"vpcctl:' in line):
-                found += sorted(run_of) if ours else list(run_of)
-            continue
-        found += own
+    for _, own in itertools.groupby(lines, lambda line: line.split()[:4]):
+        own = list(own)
+        ours = own[0].split()[2:4][-1:][0].startswith("vpc-")
+        for kind, part in itertools.groupby(own, weight if ours else lambda line: "vpcctl" in line):
+            found += sorted(part) if ours or kind else list(part)
     return found
 
 
@@ -294,7 +293,8 @@ def state(deep=True):
     data = os.environ["VPCCTL_DATA"]
     found["processes"] = sorted(re.sub(r"^\d+ ", "", line) for line in found["processes"])
     for part in ("links", "fdb"):
-        found[part] = sorted(RANDOM.sub("random", line) for line in found[part])
+        found[part] = sorted(RANDOM.sub("random", line) for line in found[part]
+                             if not line.startswith(("33:33:", "01:00:5e:")))     # groups joined by and by
     found["iptables"] = unordered(found["iptables"])
     found["rules"] = sorted(found["rules"])       # those of one pref are of equal worth
     found["run"] = snapshot_files("/run/vpcctl")

@@ -26,7 +26,7 @@ NAT = "enable-nat blog --interface eth0"
 APP = "deploy-app blog web --port 80"
 PUBLISH = "publish blog web --port 8080:80 --interface eth0"
 ALL = TWO + SHOP + [PEER, NAT, PUBLISH, APP]
-BREAK = ["!ip link del br-blog", "!ip netns del ns-blog-db"]
+BREAK = ["!ip link del br-blog", "!ip netns del ns-blog-db", "!ip link del v-blog-db-b"]
 
 
 class Scenario:
