@@ -993,9 +993,14 @@ class Store:
 
     def save(self, records):
         """Write VPCs' finished records: temporary files, flushed to disk, and only when all are there put in place."""
-        for record in records:
-            record["host_iptables"] = [list(argv) for argv in recorded_rules(record)]
-            self._put(self.path(record["name"]), record_text(record), True, True)
+        try:
+            for record in records:
+                record["host_iptables"] = [list(argv) for argv in recorded_rules(record)]
+                self._put(self.path(record["name"]), record_text(record), True, True)
+        except Problem:
+            for record in records:
+                _unlink(self.path(record["name"]) + ".new")
+            raise
         for record in records:
             path = self.path(record["name"])
             try:
@@ -2348,16 +2353,33 @@ def kernel_names(ctl):
 def delete(ctl, args):
     """remove a VPC with everything in it"""
     if args.force and args.vpc in ctl.damaged:
-        ctl.store.drop(args.vpc)
-        ctl.store.drop(args.vpc, "intent")
-        ctl.note("removed the unreadable record %s" % ctl.store.path(args.vpc))
+        drop_unreadable(ctl, [args.vpc])
+        if ctl.dry_run:
+            return None
         ctl.begin_again()
-        clear_orphans(ctl, args.vpc)
         forget_peer(ctl, args.vpc)
+        clear_orphans(ctl, args.vpc)
+        remove_tree("%s/%s" % (RUN_DIR, args.vpc))
+        tidy_apps(ctl, (), ctl.world)
         return ctl.report("Deleted VPC: %s" % args.vpc)
     if args.vpc not in ctl.intents:
         ctl.vpc(args.vpc)
     delete_vpcs(ctl, [args.vpc])
+
+
+def drop_unreadable(ctl, names):
+    """Remove records that cannot be read; a directory of that name is not ours and stays."""
+    for name in names:
+        path = ctl.store.path(name)
+        ctl.run.echo(("rm", "-f", path), "the record is unreadable")
+        if ctl.dry_run:
+            continue
+        try:
+            ctl.store.drop(name, "intent")
+            ctl.store.drop(name)
+        except OSError as error:
+            raise Problem("cannot remove %s: %s" % (path, error.strerror), "remove it by hand", 3) from None
+        ctl.note("removed the unreadable record %s" % path)
 
 
 def delete_vpcs(ctl, names):
@@ -2385,18 +2407,17 @@ def forget_peer(ctl, name):
     new = ctl.copy()
     for vpc in new.values():
         vpc["peers"] = [peer for peer in vpc["peers"] if peer["peer_vpc"] != name]
-    if new != ctl.world:
+    changed = [other for other in new if new[other] != ctl.world[other]]
+    if changed:
         ctl.change(new)
+        mend(ctl, changed)                        # the peer could not be read, so its part in this was not known
 
 
 @command("cleanup-all", "cleanup-all", changes=True)
 def cleanup_all(ctl, _args):
     """delete every VPC, and what is ours without a record"""
     names = sorted(set(ctl.world) | set(ctl.intents))
-    for name in list(ctl.damaged):
-        ctl.store.drop(name)
-        ctl.store.drop(name, "intent")
-        ctl.note("removed the unreadable record %s" % ctl.store.path(name))
+    drop_unreadable(ctl, sorted(ctl.damaged))
     if names:
         delete_vpcs(ctl, names)
     if not ctl.dry_run:
@@ -2470,8 +2491,11 @@ def orphans(ctl, seen, name=None):
     known = {fact[:4] + (None,) if fact[0] == "rule" else fact for fact in planned}
     known.update(("link", other) for vpc in ctl.world.values() for peer in vpc["peers"]
                  for other in (peer["veth_a"], peer["veth_b"]))
+    tables = {FENCE_TABLE} | {str(vpc["table"]) for vpc in ctl.world.values()}
     found = []
     for fact, (vpc, step) in seen.owned.items():
+        if fact[0] == "route" and fact[1] not in tables:
+            vpc = None                            # the way to a peer, in the table of a VPC that is gone
         if fact in known or (vpc in ctl.damaged and name is None) or (vpc in ctl.intents):
             continue
         if (name is not None and vpc not in (name, None)) or (vpc is None and ctl.damaged):
@@ -4085,9 +4109,10 @@ def explain(ctl, args):
             raise Problem("no policy is in the way", "`vpcctl explain` without --policy shows what is", 1)
         return ctl.say(json.dumps(found[1], indent=2))
     hops = explain_path(*asked)
-    tick = mark(True)
-    for line in render_explain(hops, "ok" in tick):
-        ctl.say(line)
+    for line in render_explain(hops, "ok" in mark(True)):
+        sign, _, rest = line.partition(" ")
+        colour = {"\u2713": 32, "ok": 32, "\u2717": 31, "NO": 31, "?": 33, "??": 33}.get(sign)
+        ctl.say("%s %s" % (paint(sign, colour), rest) if colour else line)
     passes = not any(hop.ok is False for hop in hops)
     if args.probe:
         need_root()

@@ -1,6 +1,5 @@
 """apply, plan and export, end to end: what a file says is there, and a second look finds nothing to do."""
 
-import copy
 import json
 import os
 import re
