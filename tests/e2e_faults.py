@@ -6,7 +6,6 @@ The sweep here takes a sample of the fault points; `make test-faults` takes them
 import fcntl
 import json
 import os
-import re
 import shutil
 import signal
 import stat
@@ -16,8 +15,8 @@ import tempfile
 import time
 
 from injection import Injector, load_vpcctl, state
-from support import (VPCCTL, SandboxTest, assert_same, difference, in_ns, record, run, snapshot, vpcctl, wait_until)
-from sweep import ALL, APP, BLOG, NAT, PEER, PUBLISH, SCENARIOS, SHOP, TOPOLOGY, TWO, Sweep, missing_scenarios, sample
+from support import (VPCCTL, SandboxTest, assert_same, in_ns, record, run, snapshot, vpcctl, wait_until)
+from sweep import ALL, APP, BLOG, NAT, PEER, PUBLISH, SCENARIOS, SHOP, TWO, Sweep, missing_scenarios, sample
 
 POINTS = 7        # per scenario
 DATA = lambda *names: os.path.join(os.environ["VPCCTL_DATA"], *names)
@@ -292,6 +291,8 @@ class RecordTest(FaultTest):
         self.obey("restore", "verify")            # shop's names of its peer's subnets come back
         with open(DATA("vpc_blog.json"), "w") as handle:
             handle.write(sound[:1000])
+        self.obey("--dry-run delete --force blog", "--dry-run cleanup-all")
+        self.assertTrue(os.path.exists(DATA("vpc_blog.json")), "a dry run writes nothing")
         self.obey("delete --force blog", "verify")
         assert_same(alone, state(), "delete --force left something")
 
@@ -627,4 +628,3 @@ class SoakTest(FaultTest):
         self.assertEqual(counts[0], counts[1])
 
 
-__all__ = ["TOPOLOGY", "difference", "re"]

@@ -1,46 +1,31 @@
-"""Every changing command with a fault at every point: the full sweep (`make test-faults`)."""
+"""The long runs: every changing command with a fault at every point, every object lost, a soak (`make test-faults`)."""
 
-import os
-import shutil
-import tempfile
-
+import e2e_faults
+from e2e_faults import FaultTest, sweep_some
 from support import SandboxTest
-from sweep import SCENARIOS, Sweep, every, missing_scenarios
-
-
-def tried(name, points):
-    """Tell the runner how many fault points were tried: its last line says so."""
-    folder = os.environ.get("VPCCTL_RESULTS")
-    if folder:
-        with open(os.path.join(folder, "points.%s.%d" % (name, os.getpid())), "a") as handle:
-            handle.write("%d\n" % points)
+from sweep import SCENARIOS, every
 
 
 class SweepTest(SandboxTest):
-    scenarios = ()
-    choose = staticmethod(every)
+    scenario = None
 
     def test_faults(self):
-        folder = tempfile.mkdtemp(prefix="vpcctl-sweep-")
-        self.addCleanup(shutil.rmtree, folder)
-        sweep = Sweep(folder)
-        try:
-            for scenario in self.scenarios:
-                with self.subTest(scenario.title):
-                    troubles = sweep.run(scenario, self.choose)
-                    self.assertFalse(troubles, "\n\n".join(troubles))
-        finally:
-            sweep.close()
-            tried(type(self).__name__, sweep.injector.points)
-
-
-class CoverageTest(SandboxTest):
-
-    def test_every_changing_command_is_disturbed(self):
-        self.assertEqual(missing_scenarios(), [], "add a scenario to tests/sweep.py")
+        sweep_some(self, [self.scenario], every)
 
 
 for scenario in SCENARIOS:
-    title = "".join(word.capitalize() for word in scenario.title.replace("-", " ").split())
-    globals()[title + "SweepTest"] = type(title + "SweepTest", (SweepTest,), {"scenarios": (scenario,), "__module__": __name__})
-del SweepTest, scenario
+    title = "Sweep" + "".join(word.capitalize() for word in scenario.title.replace("-", " ").split()) + "Test"
+    globals()[title] = type(title, (SweepTest,), {"scenario": scenario, "__module__": __name__})
+
+
+class EveryObjectTest(FaultTest):
+    every = 1
+    test_each_object_lost_is_named_and_repaired = e2e_faults.DriftTest.test_each_object_lost_is_named_and_repaired
+
+
+class LongSoakTest(FaultTest):
+    vpcs, subnets = 20, 10
+    test_nothing_adds_up = e2e_faults.SoakTest.test_nothing_adds_up
+
+
+del SweepTest, SandboxTest, FaultTest, scenario

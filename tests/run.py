@@ -139,6 +139,7 @@ class Job:
         self.passed = self.failed = self.skipped = 0
         self.texts = []
         self.seconds = 0.0
+        self.points = 0
 
     def fail(self, text):
         self.failed += 1
@@ -166,7 +167,18 @@ def run_job(job, options, folder):
             os.killpg(child.pid, signal.SIGKILL)      # the sandbox ends with it
             code = child.wait()
     job.seconds = time.time() - began
+    job.points = read_points(folder, job)
     read_results(job, result, output, code, "no end after %d s: killed" % options.deadline if late else "")
+
+
+def read_points(folder, job):
+    """Return how many fault points the job says that it tried (files points.CLASS.PID, a number a line)."""
+    total = 0
+    for name in os.listdir(folder):
+        if name.startswith("points.%s." % job.name.rpartition(".")[2]):
+            with open(os.path.join(folder, name)) as handle:
+                total += sum(int(line) for line in handle)
+    return total
 
 
 def read_results(job, result, output, code, late):
@@ -305,12 +317,14 @@ def main():
             if not text.startswith("skipped: "):
                 print("\n==== FAILED in %s\n%s" % (job.name, text.rstrip()))
     passed, failed = sum(job.passed for job in jobs), sum(job.failed for job in jobs)
+    points = sum(job.points for job in jobs)
     skipped = sum(job.skipped for job in jobs)
     if not passed and not failed:
         print("nothing ran%s" % (": no test fits %r" % options.k if options.k else ""))
     print("(%.0f s, Python %s, %s)" % (time.time() - began, sys.version.split()[0],
                                       "root" if os.geteuid() == 0 else "ordinary user"))
-    print("%d passed, %d failed%s" % (passed, failed, ", %d skipped" % skipped if skipped else ""))
+    print("%d passed, %d failed%s%s" % (passed, failed, ", %d skipped" % skipped if skipped else "",
+                                        ", %d fault points tried" % points if points else ""))
     return 1 if failed or not passed else 0
 
 
