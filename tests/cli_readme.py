@@ -92,6 +92,21 @@ class ReadmeTest(unittest.TestCase):
             self.assertIn(message, source)
             self.assertIn(message, self.text)
 
+    def test_tests_it_names_are_there(self):
+        """What a table gives as its proof: `e2e_module.Class`, `e2e_module`, `test_name`."""
+        source = {}
+        for name in os.listdir(HERE):
+            if re.match(r"(unit|cli|e2e|faults)_\w+\.py\Z", name):
+                with open(os.path.join(HERE, name), encoding="utf-8") as handle:
+                    source[name[:-3]] = handle.read()
+        rows = "\n".join(line for line in self.lines if line.startswith("|"))
+        for module, case in re.findall(r"`((?:unit|cli|e2e|faults)_\w+)(?:\.(\w+))?`", rows):
+            self.assertIn("class %s(" % case if case else "class ", source.get(module, ""), module)
+        methods = re.findall(r"`(test_\w+)`", rows)
+        everything = "\n".join(source.values())
+        self.assertEqual([name for name in methods if "def %s(" % name not in everything], [])
+        self.assertGreater(len(methods), 10)
+
     def test_files_it_speaks_of_are_there(self):
         top = os.path.dirname(README)
         paths = set(re.findall(r"(?:tests|policies)/[\w/.-]+\w", self.text)) | {"LICENSE"}

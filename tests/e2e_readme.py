@@ -63,7 +63,8 @@ class ReadmeTest(SandboxTest):
             for command, expected in session:
                 result = run(["sh", "-c", command], env=self.env, cwd=self.here)
                 out = "".join(steady(line) + "\n" for line in (result.out + result.err).splitlines())
-                self.assertRegex(out, "\\A%s\\Z" % pattern(expected), "$ " + command)
+                if not re.search("\\A%s\\Z" % pattern(expected), out):
+                    self.fail("$ %s\n--- the README says\n%s\n--- it printed\n%s" % (command, "\n".join(expected), out))
             run(["vpcctl", "--quiet", "cleanup-all"])
 
     def test_the_comparison_can_fail(self):
