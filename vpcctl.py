@@ -599,9 +599,11 @@ class Executor:
         """Newest first, undo the pairs of `made` and make `removed` again -> what could not be."""
         if made or removed:
             self.say("taking back what was done:")
-        left = self.take_back([new for old, new in made if not old])
+        # What had nothing in its place goes; a rule that was moved stays where it belongs.
+        going = [as_found(new) if old else new for old, new in made if not old or not (old.do or old.key[0] == "moved")]
+        left = self.take_back(going)
         try:
-            swapped = [(as_found(new), old) for old, new in made if old]
+            swapped = [(as_found(new), old) for old, new in made if old and old.do]
             self.make(swapped + [(None, step) for step in sorted(removed, key=lambda step: step.phase)], [], patient=True)
         except (Failure, OSError) as trouble:
             left.append("%s: %s" % (shown(trouble.argv), trouble) if isinstance(trouble, Failure) else str(trouble))
@@ -2564,6 +2566,8 @@ def mend(ctl, names, gone=()):
     if seen.stale:
         ctl.run.transact(leftovers(seen, set(steps) | set(stale)), [])
         seen = look()
+    if seen.broken:
+        raise Problem("cannot look into namespace %s: %s" % sorted(seen.broken.items())[0], "", 3)
     removes, makes = mending(steps, stale, seen)
     end_stranded(ctl, [ctl.world[name] for name in sorted(names) if name in ctl.world])
     evict(ctl, [step.fact[1] for step in removes if step.fact[0] == "ns"])
@@ -4137,11 +4141,12 @@ def ip_inside(address, cidr):
 def find_subnet(world, vpc, subnet):
     """(VPC record, subnet record) by names; a Problem names what is missing."""
     if vpc not in world:
-        raise Problem("there is no VPC '%s'" % vpc, hint="vpcctl list shows the VPCs")
+        raise Problem("there is no VPC '%s'" % vpc, nearest(vpc, world) or "vpcctl list shows the VPCs")
     for record in world[vpc]["subnets"]:
         if record["name"] == subnet:
             return world[vpc], record
-    raise Problem("VPC '%s' has no subnet '%s'" % (vpc, subnet), hint="vpcctl inspect %s shows them" % vpc)
+    raise Problem("VPC '%s' has no subnet '%s'" % (vpc, subnet), nearest(subnet, [
+        known["name"] for known in world[vpc]["subnets"]]) or "vpcctl inspect %s shows them" % vpc)
 
 
 def resolve_target(world, vpc, subnet, text):
@@ -4151,12 +4156,14 @@ def resolve_target(world, vpc, subnet, text):
         return str(ipaddress.IPv4Address(text))
     except ValueError:
         pass
-    for address, names in name_data(world, find_subnet(world, vpc, subnet)[0]):
+    known = name_data(world, find_subnet(world, vpc, subnet)[0])
+    for address, names in known:
         if text in names:
             return address
     if "/" in text:
         return find_subnet(world, *text.split("/", 1))[1]["host_ip"]
-    raise Problem("%s/%s knows no name '%s'" % (vpc, subnet, text), hint=(
+    raise Problem("%s/%s knows no name '%s'" % (vpc, subnet, text), nearest(text, [
+        name for _, names in known for name in names]) or (
         "names are those of its own VPC (db, db.%s.internal) and what a peering allows (api.shop); "
         "vpc/subnet works for any" % vpc))
 

@@ -352,8 +352,8 @@ class FaultsTest(SandboxTest):
     def test_refusals(self):
         cli("apply", self.file("sound.json", two_vpcs()))
         for words, said in ((("blog", "wbe", "db"), "did you mean 'web'"), (("blgo", "web", "db"), "did you mean 'blog'"),
-                            (("blog", "web", "dbb"), "db"), (("blog", "web", "shop/apii"), "api"),
-                            (("blog", "web", "ui.shop"), "names"), (("blog", "web", "10.20.1.300"), "names"),
+                            (("blog", "web", "dbb"), "did you mean 'db'"), (("blog", "web", "shop/apii"), "did you mean 'api'"),
+                            (("blog", "web", "till.shop"), "knows no name"), (("blog", "web", "10.20.1.300"), "names"),
                             (("blog", "web", "db", "--protocol", "udp"), "--port"),
                             (("blog", "web", "db", "--port", "0"), "not a port"),
                             (("blog", "web", "db", "--protocol", "sctp"), "sctp"),
