@@ -600,10 +600,11 @@ class Executor:
         if made or removed:
             self.say("taking back what was done:")
         # What had nothing in its place goes; a rule that was moved stays where it belongs.
-        going = [as_found(new) if old else new for old, new in made if not old or not (old.do or old.key[0] == "moved")]
+        found = lambda step: as_found(step, blindly=True)
+        going = [found(new) if old else new for old, new in made if not old or not (old.do or old.key[0] == "moved")]
         left = self.take_back(going)
         try:
-            swapped = [(as_found(new), old) for old, new in made if old and old.do]
+            swapped = [(found(new), old) for old, new in made if old and old.do]
             self.make(swapped + [(None, step) for step in sorted(removed, key=lambda step: step.phase)], [], patient=True)
         except (Failure, OSError) as trouble:
             left.append("%s: %s" % (shown(trouble.argv), trouble) if isinstance(trouble, Failure) else str(trouble))
@@ -1299,11 +1300,17 @@ class Control:
         self.run.stopped_by = self.run.stopped_by or stopped
 
 
-def as_found(step):
-    """A policy's step that is to be replaced, with the rules that are really there (somebody may have changed them)."""
+def as_found(step, blindly=False):
+    """A policy's step that is to be replaced, with the rules that are really there (somebody may have changed them).
+    `blindly`: as it was planned, if nobody can tell."""
     if step is None or step.key[0] != "policy":
         return step
-    return seen_policy(step.key[1], in_namespace(step.key[1], seen_rules))
+    try:
+        return seen_policy(step.key[1], in_namespace(step.key[1], seen_rules))
+    except (Failure, OSError):
+        if blindly:
+            return step
+        raise
 
 
 def as_planned(step):
