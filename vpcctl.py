@@ -2342,11 +2342,16 @@ def free_on_host(ctl, block, world):
             if table == FENCE_TABLE or block.overlaps(as_network(target if "/" in target else target + "/32")):
                 raise Problem("%s overlaps a network that this host already has: %s%s" % (
                     block, target, " on " + route["dev"] if "dev" in route else ""), "take a range that is not in use here")
-        chains = host_chains()
+        chains = other_chains(ctl)
     table = FIRST_TABLE
     while table in tables:
         table += 1
     return table, chains
+
+
+def other_chains(ctl):
+    """The host's firewall chains that are not in our records: what is made anew may have its name again."""
+    return host_chains() - record_names(ctl.world)
 
 
 def kernel_names(ctl):
@@ -2934,7 +2939,7 @@ def add_peering(ctl, world, a, b, allowed, used=None):
     used = record_names(world) | kernel_names(ctl) if used is None else used
     pair = "%s-%s" % (a["name"], b["name"])
     base = short_name("pv-", pair, "-a", 15, lambda found: found in used or found[:-1] + "b" in used)
-    chains = used if ctl.dry_run else used | host_chains()
+    chains = used if ctl.dry_run else used | other_chains(ctl)
     chain = short_name("vpc-peer-", pair, "", 28, chains.__contains__)
     used.update((base + "-a", base + "-b", chain))
     entry = {"veth_a": base + "-a", "veth_b": base + "-b", "chain": chain, "allowed": list(allowed)}

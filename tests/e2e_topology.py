@@ -226,6 +226,8 @@ class ChangesTest(SandboxTest):
         self.assertIn("~ vpc b: 10.30.0.0/16 -> 172.16.0.0/16\n", planned)
         vpcctl("apply", path)
         self.assertEqual(subnet("b", "api")["host_ip"], "172.16.1.2")
+        self.assertEqual([record("b")[key] for key in ("bridge", "chain", "chain_in")], ["br-b", "vpc-b", "vpc-in-b"])
+        self.assertEqual(record("b")["peers"][0]["veth_a"], "pv-a-b-a")
         self.assert_ping("ns-a-web", "172.16.1.2")
         self.assert_no_ping("ns-a-web", "10.30.1.2")
         self.assertNotIn("10.30.", run(["ip", "route", "show", "table", "all"]).out)
