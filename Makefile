@@ -35,7 +35,7 @@ flag-check:
 	@$(PYTHON) $(VPCCTL) flag-check
 
 test-faults: packages ## the tests that inject failures and kills
-	@$(PYTHON) tests/run.py --faults
+	@$(PYTHON) tests/run.py --faults --deadline 2400
 
 bench: packages ## time the commands
 	@$(PYTHON) tests/bench.py

@@ -274,7 +274,7 @@ def inside_of(space):
     found = []
     for argv in (["ip", "-o", "address"], ["ip", "route"], ["iptables-save"]):
         text = run(["ip", "netns", "exec", space] + argv).out
-        found += ["%s %s" % (space, re.sub(r"@\S+|\s*\[\d+:\d+\]", "", line)) for line in text.splitlines()
+        found += ["%s %s" % (space, re.sub(r"^\d+: |@\S+|\s*\[\d+:\d+\]", "", line)) for line in text.splitlines()
                   if line[:1] != "#"]
     if os.path.exists("/run/netns/" + space):
         try:
