@@ -28,6 +28,7 @@ import os
 import re
 import sys
 from collections import namedtuple
+from functools import lru_cache
 from contextlib import contextmanager
 
 VERSION = "1.0.0"
@@ -69,7 +70,7 @@ class Interrupted(Exception):
 
 # The order in which things of different kinds are made; they are taken back the other way round. It also decides how
 # many processes are started: neighbours in this order that one tool can do ride in one batch.
-SPACE, LINK, SYSCTL, WIRE, ENTRY, ROUTE, INSIDE, FIREWALL, PLUG, FILE = range(10)
+SPACE, LINK, SYSCTL, WIRE, ROUTE, ENTRY, INSIDE, FIREWALL, PLUG, FILE = range(10)
 
 
 class Step:
@@ -151,12 +152,15 @@ def rule_key(tokens):
                 value = value.lower()
             if option == "--ctstate":
                 value = ",".join(sorted(value.split(",")))
-            if not (option == "--icmp-type" and value == "255"):
+            if option in ("--dport", "--sport") and value.partition(":")[0] == value.partition(":")[2]:
+                value = value.partition(":")[0]
+            if (option, value) not in (("--icmp-type", "255"), ("-s", "0.0.0.0/0"), ("-d", "0.0.0.0/0")):
                 pairs.append((negated + option, value))
         negated = ""
     return tuple(sorted(pairs))
 
 
+@lru_cache(4096)
 def as_network(text):
     """An IPv4 block without host bits -> ipaddress.IPv4Network; Problem otherwise."""
     import ipaddress
@@ -317,13 +321,17 @@ def enter_namespace(name):
         os.close(handle)
 
 
+HOST = ""                         # where a command runs that is not for a namespace
+
+
 def in_namespaces(names, work):
-    """Run work(name) for each namespace, each in a thread that has entered it, as many at a time as there are cores.
+    """Run work(name) for each namespace (or HOST), each in a thread that has entered it, a few at a time: mostly they
+    wait for the kernel.
 
     Returns name -> result; an exception is a result too. Children of such a thread live in the namespace as well.
     """
     import threading
-    queue, results = list(reversed(list(names))), {}
+    queue, results = sorted(names, key=lambda name: name == HOST), {}      # the host's, which takes longest, first
 
     def worker():
         while True:
@@ -332,11 +340,12 @@ def in_namespaces(names, work):
             except IndexError:
                 return
             try:
-                enter_namespace(name)
+                if name != HOST:
+                    enter_namespace(name)
                 results[name] = work(name)
             except Exception as error:            # handed to the caller, who knows what it means
                 results[name] = error
-    threads = [threading.Thread(target=worker) for _ in range(max(1, min(len(queue), os.cpu_count() or 1)))]
+    threads = [threading.Thread(target=worker) for _ in range(min(len(queue), 2 * (os.cpu_count() or 1)))]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -353,19 +362,22 @@ def in_namespace(name, work):
 
 
 def lane(argv):
-    """Which batch a command can ride in: consecutive commands of one lane become one process."""
+    """Which batch a command can ride in: consecutive commands of one lane become one process. The lanes of namespaces
+    run side by side, and beside them what takes its time because it first reads all links (measured: 200 links, 6 ms)."""
+    if argv[0] == "bridge" or argv[:2] == ("ip", "neigh"):
+        return "ns", HOST
     if argv[:2] == ("ip", "-n"):
         return "ns", argv[2]
     if argv[:3] == ("ip", "netns", "exec"):
         return "ns", argv[3]
     if argv[0] == "iptables":
-        return "iptables", argv[2] if argv[1] == "-t" else "filter"
+        return "iptables", HOST
     return ("file" if argv[0] in FILE_WORKS else argv[0]), ""
 
 
 def inner(argv):
     """A command for a namespace, as it is typed inside it."""
-    return ("ip",) + argv[3:] if argv[1] == "-n" else argv[4:]
+    return ("ip",) + argv[3:] if argv[1] == "-n" else argv[4:] if argv[1] == "netns" else argv
 
 
 def quoted(word):
@@ -395,16 +407,40 @@ def ip_batch(tool, commands):
     return (int(failed.group(1)) - 1 if failed else 0), re.sub(r"Command failed.*\n?", "", said)
 
 
-def iptables_batch(table, commands):
-    """Put firewall commands in as one transaction: all or none -> how many were done, error text."""
-    lines = []
+def iptables_batch(commands):
+    """Put firewall commands in, as one transaction for each table -> how many were done, error text."""
+    tables = {}
     for argv in commands:
-        words = argv[3:] if argv[1] == "-t" else argv[1:]
-        lines.append(" ".join(quoted(word) for word in words))
-    code, _, said = call(["iptables-restore", "-w", "5", "--noflush"], "*%s\n%s\nCOMMIT\n" % (table, "\n".join(lines)))
-    if code < 0:
-        return UNKNOWN, "ended by signal %d" % -code
-    return (len(commands), "") if code == 0 else (0, said or "iptables-restore: exit code %d" % code)
+        table, words = (argv[2], argv[3:]) if argv[1] == "-t" else ("filter", argv[1:])
+        tables.setdefault(table, []).append(" ".join(quoted(word) for word in words))
+    code, _, said = call(["iptables-restore", "-w", "5", "--noflush"], "".join(
+        "*%s\n%s\nCOMMIT\n" % (table, "\n".join(lines)) for table, lines in tables.items()))
+    if code == 0:
+        return len(commands), ""
+    if code > 0 and "Message too long" in said and len(commands) > PIECE:
+        return iptables_pieces(commands)
+    said = said or "iptables-restore: exit code %d" % code
+    return (0 if code > 0 and len(tables) == 1 else UNKNOWN), "ended by signal %d" % -code if code < 0 else said
+
+
+PIECE = 100                       # commands in a transaction, where the kernel limits its size
+
+
+def iptables_pieces(commands):
+    """Without real root, a transaction must fit into a socket's buffer (208 KB): put it in piece by piece. What is let
+    through meanwhile is less, never more: a policy's rules stand behind a DROP until all are there."""
+    held = sorted({argv[2] for argv in commands if argv[1] == "-A"} & {"INPUT", "OUTPUT"})
+    hold = [("iptables", verb, chain) + at + ("-j", "DROP", "-m", "comment", "--comment", "policy-being-replaced")
+            for verb, at in (("-I", ("1",)), ("-D", ())) for chain in held]
+    first = [argv for argv in commands if argv[1] in ("-F", "-D")] if held else []
+    rest = [argv for argv in commands if argv not in first] if first else list(commands)
+    pieces = [first + hold[:len(held)]] + [rest[at:at + PIECE] for at in range(0, len(rest), PIECE)] + [hold[len(held):]]
+    for piece in pieces:
+        if piece:
+            done, said = iptables_batch(piece)
+            if done != len(piece):
+                return UNKNOWN, said
+    return len(commands), ""
 
 
 def file_batch(commands):
@@ -464,12 +500,12 @@ FILE_WORKS = {"sysctl": _write_sysctl, "tee": _tee, "mkdir": lambda *words: os.m
               "ln": _symlink, "rm": _unlink, "rmdir": _rmdir}
 
 
-def run_lane(kind, where, commands):
+def run_lane(kind, commands):
     """Run commands that share a lane -> how many were done, error text."""
     if kind in ("ip", "bridge"):
         return ip_batch(kind, commands)
     if kind == "iptables":
-        return iptables_batch(where, commands)
+        return iptables_batch(commands)
     if kind == "file":
         return file_batch(commands)
     return one_call(commands[0])
@@ -480,7 +516,7 @@ def split_lanes(commands):
     groups = []
     for argv in commands:
         kind, where = lane(argv)
-        if groups and groups[-1][:2] == (kind, where):
+        if groups and groups[-1][:2] == (kind, where) and (kind != "ns" or groups[-1][2][0][0] == argv[0]):
             groups[-1][2].append(argv)
         else:
             groups.append((kind, where, [argv]))
@@ -490,8 +526,8 @@ def split_lanes(commands):
 def run_inside(commands):
     """Run one namespace's commands; the calling thread is in it -> how many were done, error text."""
     done = 0
-    for kind, where, group in split_lanes([inner(argv) for argv in commands]):
-        count, said = run_lane(kind, where, group)
+    for kind, _, group in split_lanes([inner(argv) for argv in commands]):
+        count, said = run_lane(group[0][0] if kind == "ns" else kind, group)
         if count == UNKNOWN:
             return UNKNOWN, said
         done += count
@@ -659,7 +695,7 @@ class Executor:
         if kind == "ns":
             self._run_namespaces(commands[start:end], made)
             return end
-        done, said = run_lane(kind, where, [argv for _, argv, _ in commands[start:end]])
+        done, said = run_lane(kind, [argv for _, argv, _ in commands[start:end]])
         if done == UNKNOWN:
             made.extend(begun(commands[start:end]))
             raise Failure(commands[start][1], said)
@@ -735,18 +771,20 @@ class Executor:
 
 def take_back_lane(kind, where, group):
     """Run commands that remove things -> what could not be removed. A batch that fails is run one by one."""
-    if kind == "ns":
+    if kind == "ns" and where == HOST:
+        kind = group[0][0]
+    elif kind == "ns":
         result = in_namespaces([where], lambda _: run_inside(group))[where]
         said = "" if isinstance(result, tuple) and result[0] == len(group) else str(result)
         return [] if not said or not os.path.exists(os.path.join(NETNS_DIR, where)) else [shown(group[0]) + ": " + said]
     links = [argv[3] for argv in group if argv[:3] == ("ip", "link", "del")]
     batch = together(links) + [argv for argv in group if argv[:3] != ("ip", "link", "del")] if links[1:] else group
-    done, _ = run_lane(kind, where, batch) if kind != "file" else (0, "")
+    done, _ = run_lane(kind, batch) if kind != "file" else (0, "")
     if done == len(batch):
         return []
     left = []
     for argv in group:
-        done, said = run_lane(kind, where, [argv])
+        done, said = run_lane(kind, [argv])
         if not done and not GONE.search(said):
             left.append("%s: %s" % (shown(argv), said.strip()))
     return left
@@ -1593,7 +1631,7 @@ def plan_gateway(vpc, subnet):
     """A subnet's gateway, on the switch, and where the host finds the subnet."""
     bridge, own = vpc["bridge"], ("link", vpc["bridge"])
     gateway = "%s/%s" % (subnet["gw"], subnet["cidr"].split("/")[1])
-    neighbour = Step(WIRE, ("neighbour", bridge, subnet["host_ip"], subnet["mac"]),
+    neighbour = Step(ENTRY, ("neighbour", bridge, subnet["host_ip"], subnet["mac"]),
                      "ip neigh replace %s lladdr %s dev %s nud permanent" % (subnet["host_ip"], subnet["mac"], bridge),
                      "ip neigh del %s dev %s" % (subnet["host_ip"], bridge), "no forged ARP answer counts", own)
     if gateway == "%s/%s" % (first_address(vpc["cidr"]), vpc["cidr"].split("/")[1]):
@@ -1781,16 +1819,16 @@ def plan_peering(a, b, peer):
                   for block in blocks]
         steps.append(rule_step(chain, ("-i", here["bridge"], "-o", there["bridge"], "-j", "DROP"),
                                "nothing else between the two", place="append", holder=held))
-        steps.append(rule_step(here["chain"], ("-j", chain), "the peering decides",
-                               mark="peer-%s-%s" % (there["name"], ",".join(peer["allowed"]))[:240],
-                               holder=("chain", "filter", here["chain"])))
     for near, far, near_vpc, far_vpc in ((of_a, of_b, a, b), (of_b, of_a, b, a)):
         steps += [rule_step(chain, ("-s", source, "-d", target, "-i", near_vpc["bridge"], "-o", far_vpc["bridge"],
                                     "-j", "ACCEPT"), "these may talk", place="prepend", mark="peer-allow", holder=held)
                   for source in near for target in far]
     # First of all: a sender may pass only with its own address (the chain may be entered from either VPC's side).
-    return steps + [rule_step(chain, ("-i", vpc["bridge"], "-j", vpc["chain_src"]), "senders are who they say they are",
-                              place="prepend", mark="peer-source", holder=held) for vpc in (a, b)]
+    steps += [rule_step(chain, ("-i", vpc["bridge"], "-j", vpc["chain_src"]), "senders are who they say they are",
+                        place="prepend", mark="peer-source", holder=held) for vpc in (a, b)]
+    return steps + [rule_step(here["chain"], ("-j", chain), "the peering decides",
+                              mark="peer-%s-%s" % (there["name"], ",".join(peer["allowed"]))[:240],
+                              holder=("chain", "filter", here["chain"])) for here, there in ((a, b), (b, a))]
 
 
 # -- policies
@@ -1808,11 +1846,11 @@ def policy_default(policy, direction):
 
 def policy_names(subnet, vpc):
     """The siblings that a policy names -> name: block. Problem if there is no such subnet."""
-    blocks = {other["name"]: other["cidr"] for other in vpc["subnets"]}
-    named = {}
+    named, blocks = {}, None
     for direction, key in (("ingress", "from"), ("egress", "to")):
         for rule in subnet["policy"].get(direction) or []:
             if key in rule and not re.match(r"\d+\.\d+\.", rule[key]):
+                blocks = blocks or {other["name"]: other["cidr"] for other in vpc["subnets"]}
                 if rule[key] not in blocks:
                     raise Problem("the policy of %s names subnet '%s', which VPC %s does not have"
                                   % (subnet["name"], rule[key], vpc["name"]), nearest(rule[key], blocks))
