@@ -346,6 +346,13 @@ class RefusalTest(CliTest):
         answer = self.cli("--dry-run", "enable-nat", "blog", "--interface", "nope0")
         self.assertEqual(answer.err, "note: there is no network interface 'nope0' here\n")
 
+    def test_help_as_a_word(self):
+        self.assertEqual(self.cli("help").out, self.cli("--help").out)
+        answer = self.cli("help", "create")
+        self.assertEqual(answer.out.splitlines()[0], "usage: vpcctl create [OPTIONS] VPC --cidr BLOCK")
+        self.assertEqual((answer.code, answer.out), (0, self.cli("create", "--help").out))
+        self.refused("help", "crate", text="there is no command 'crate'", hint="did you mean 'create'?")
+
     def test_vpc_subnet_command(self):
         for words in ("delete blgo", "inspect blgo", "add-subnet blgo x", "enable-nat blgo", "peer blgo shop --allow-cidrs "
                       "10.20.1.0/24", "apply-policy blgo p.json", "deploy-app blgo web --port 80", "stop-app blgo web",
@@ -360,6 +367,12 @@ class RefusalTest(CliTest):
         self.dry("add-subent blog x", "there is no command 'add-subent'", "did you mean 'add-subnet'?")
         self.dry("frobnicate", "there is no command 'frobnicate'", "--help")
         self.dry("list --dryrun", "unrecognized arguments: --dryrun", "did you mean '--dry-run'?")
+        self.dry("remove blog", "there is no command 'remove'", "vpcctl calls it 'delete'")
+        self.dry("enable-nat blog --interace eth0", "unrecognized arguments: --interace", "did you mean '--interface'?")
+        self.dry("create x --cird 10.9.0.0/16", "unrecognized arguments: --cird", "did you mean '--cidr'?")
+        self.dry("create x 10.9.0.0/16", "required: --cidr", "for example: vpcctl create blog --cidr 10.20.0.0/16")
+        self.dry("exec blog web id -u", "unrecognized arguments: -u", "stands behind `--`: vpcctl exec blog web -- ")
+        self.dry("deploy-app blog web --port 80 python3 -m http.server", "-m", "--port 8080 -- COMMAND")
         self.dry("list surplus", "surplus")
         self.dry("list -- true", "cannot stand there", "list --help")
 

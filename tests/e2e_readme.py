@@ -6,7 +6,7 @@ import shutil
 import sys
 import tempfile
 
-from support import HERE, SandboxTest, run
+from support import HERE, SandboxTest, run, vpcctl
 
 TOP = os.path.dirname(HERE)
 # A curl for machines without one: it fetches a page, as the README's sessions do.
@@ -66,6 +66,13 @@ class ReadmeTest(SandboxTest):
                 if not re.search("\\A%s\\Z" % pattern(expected), out):
                     self.fail("$ %s\n--- the README says\n%s\n--- it printed\n%s" % (command, "\n".join(expected), out))
             run(["vpcctl", "--quiet", "cleanup-all"])
+
+    def test_the_picture(self):
+        """tests/data/three-vpcs.svg is what `graph` draws: scenario 3, where prod also reaches the internet."""
+        for words in ("apply %s/data/scenario-3-peering.json" % HERE, "enable-nat prod", "publish prod web --port 80:8080"):
+            vpcctl("--quiet", *words.split())
+        with open(os.path.join(HERE, "data", "three-vpcs.svg"), encoding="utf-8") as handle:
+            self.assertEqual(vpcctl("graph", "--format", "svg").out, handle.read())
 
     def test_the_comparison_can_fail(self):
         """`...` stands for lines, not for a part of one, and what is not left out must be there."""
