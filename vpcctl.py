@@ -154,7 +154,7 @@ def rule_key(tokens):
                 value = ",".join(sorted(value.split(",")))
             if option in ("--dport", "--sport") and value.partition(":")[0] == value.partition(":")[2]:
                 value = value.partition(":")[0]
-            if (option, value) not in (("--icmp-type", "255"), ("-s", "0.0.0.0/0"), ("-d", "0.0.0.0/0")):
+            if negated or (option, value) not in (("--icmp-type", "255"), ("-s", "0.0.0.0/0"), ("-d", "0.0.0.0/0")):
                 pairs.append((negated + option, value))
         negated = ""
     return tuple(sorted(pairs))
