@@ -2414,6 +2414,8 @@ def delete(ctl, args):
         remove_tree("%s/%s" % (RUN_DIR, args.vpc))
         tidy_apps(ctl, (), ctl.world)
         return ctl.report("Deleted VPC: %s" % args.vpc)
+    if args.vpc not in ctl.intents and args.vpc not in ctl.world and clear_orphans(ctl, args.vpc):
+        return ctl.report("Deleted VPC: %s (it had no record)" % args.vpc)
     if args.vpc not in ctl.intents:
         ctl.vpc(args.vpc)
     delete_vpcs(ctl, [args.vpc])
@@ -4011,7 +4013,8 @@ def verify(ctl, args):
     if findings:
         unreadable = [vpc for vpc, kind, _ in findings if kind == "unreadable"]
         ctl.say("".join("`vpcctl delete --force %s` clears it away; " % vpc for vpc in unreadable)
-                + "`vpcctl restore` repairs what is missing or changed; `vpcctl cleanup-all` removes everything")
+                + "`vpcctl restore` repairs what is missing or changed, `vpcctl delete NAME` what a VPC left without a record, "
+                "`vpcctl cleanup-all` removes everything")
     return 1 if findings else 0
 
 
