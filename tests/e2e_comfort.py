@@ -132,8 +132,8 @@ class ExecTest(SandboxTest):
         shell.type("echo $((6 * 7))x; sleep 50\n")
         shell.expect("42x")
         shell.text = ""
-        shell.type("\x03")                            # Ctrl-C ends what runs in the shell, not the shell
-        shell.expect(r"\(blog/db\)")
+        # Ctrl-C ends what runs in the shell, not the shell; again, should it have come before `sleep` had the terminal
+        wait_until(lambda: (shell.type("\x03"), shell.read(0.5), "(blog/db)" in shell.text)[-1], 3 * LONG, "a prompt")
         shell.type("exit 7\n")
         self.assertEqual(shell.end()[0], 7)
 
