@@ -70,7 +70,7 @@ class Interrupted(Exception):
 
 # The order in which things of different kinds are made; they are taken back the other way round. It also decides how
 # many processes are started: neighbours in this order that one tool can do ride in one batch.
-SPACE, LINK, SYSCTL, WIRE, ROUTE, ENTRY, INSIDE, FIREWALL, PLUG, FILE = range(10)
+SPACE, LINK, SYSCTL, WIRE, ROUTE, NEIGHBOUR, ENTRY, INSIDE, FIREWALL, PLUG, FILE = range(11)
 
 
 class Step:
@@ -174,6 +174,18 @@ def as_network(text):
         except ValueError:
             raise Problem("'%s' is not an IPv4 block: %s" % (text, error), "write it like 10.20.0.0/16") from None
         raise Problem("'%s' has host bits set" % text, "the block that holds it is %s" % fixed) from None
+
+
+def bounds(block):
+    """A block's first and last address as numbers; ValueError if it is none. (A record may hold hundreds of blocks,
+    and ipaddress takes ten times as long for each.)"""
+    address, _, length = block.partition("/")
+    parts = [int(part) for part in address.split(".")]
+    size = 1 << 32 - int(length)
+    first = parts[0] << 24 | parts[1] << 16 | parts[2] << 8 | parts[3]
+    if max(parts) > 255 or first % size or ".".join(map(str, parts)) != address:
+        raise ValueError("'%s' is not a block" % block)
+    return first, first + size - 1
 
 
 def inside(inner, outer):
@@ -757,16 +769,35 @@ class Executor:
         if self.dry_run or not commands:
             return []
         self._flush()
-        left = []
-        for kind, where, group in split_lanes([argv for _, argv in commands]):
-            left.extend(take_back_lane(kind, where, group))
-        return left
+        return take_back_lanes(split_lanes([argv for _, argv in commands]))
 
     def _flush(self):
         try:
             self.out.flush()
         except OSError:
             self.say("")
+
+
+def take_back_lanes(groups):
+    """Run groups of commands that remove things, one after the other, but the firewall's beside what comes after it:
+    they are of two parts of the kernel that do not wait for each other -> what could not be removed."""
+    import threading
+    left, beside = [], []
+
+    def firewall(group):
+        try:
+            left.extend(take_back_lane(*group))
+        except Problem as problem:                # the tool is gone
+            left.append("%s: %s" % (shown(group[2][0]), problem))
+    for group in groups:
+        if group[0] == "iptables" and group is not groups[-1]:
+            beside.append(threading.Thread(target=firewall, args=(group,)))
+            beside[-1].start()
+        else:
+            left.extend(take_back_lane(*group))
+    for thread in beside:
+        thread.join()
+    return left
 
 
 def take_back_lane(kind, where, group):
@@ -832,10 +863,16 @@ RECORD_SHAPE = {
 }
 
 
+@lru_cache(None)
+def whole(pattern):
+    """A function that tells whether a text is, as a whole, what a pattern says."""
+    return re.compile("(?:%s)\\Z" % pattern).match
+
+
 def check_shape(value, shape, place="the record"):
     """Raise ValueError if a record read from a file is not what vpcctl writes: what it says is data, not commands."""
     if isinstance(shape, str):
-        if not isinstance(value, str) or not re.match("(?:%s)\\Z" % shape, value):
+        if not isinstance(value, str) or not whole(shape)(value):
             raise ValueError("%s is %.60r" % (place, value))
     elif isinstance(shape, tuple):
         if isinstance(value, bool) or not isinstance(value, int) or not shape[0] <= value <= shape[1]:
@@ -871,12 +908,14 @@ def check_record(record, name):
     if record["name"] != name:
         raise ValueError("it says it is of '%s'" % record["name"])
     try:
-        own = as_network(record["cidr"])
+        first, last = bounds(record["cidr"])
         for subnet in record["subnets"]:
-            if not inside(as_network(subnet["cidr"]), own):
-                raise ValueError("subnet %s is outside of %s" % (subnet["name"], own))
-            check_policy(subnet["policy"], "subnet %s" % subnet["name"])
-            policy_names(subnet, record)
+            low, high = bounds(subnet["cidr"])
+            if not first <= low <= high <= last:
+                raise ValueError("subnet %s is outside of %s" % (subnet["name"], record["cidr"]))
+            if subnet["policy"] != DEFAULT_POLICY:
+                check_policy(subnet["policy"], "subnet %s" % subnet["name"])
+                policy_names(subnet, record)
     except Problem as problem:
         raise ValueError(str(problem)) from None
     known = {subnet["name"] for subnet in record["subnets"]}
@@ -1224,7 +1263,7 @@ class Control:
 
     def copy(self):
         """A world of its own to edit, for `change`."""
-        return json.loads(json.dumps(self.world))
+        return duplicate(self.world)
 
     def begin(self):
         """Before a change: folder, lock, signals. Not in a dry run."""
@@ -1365,6 +1404,12 @@ def check_firewall_kind(world, names):
     if kinds and kinds != {here}:
         raise Problem("the VPCs' rules were made with iptables (%s), but this is iptables (%s)" % (
             ", ".join(sorted(kinds)), here), "switch back, for example: sudo update-alternatives --config iptables", 4)
+
+
+def duplicate(data):
+    """A copy of plain data, down to the last list (marshal is the fastest that the standard library has)."""
+    import marshal
+    return marshal.loads(marshal.dumps(data))
 
 
 def nearest(name, names):
@@ -1631,7 +1676,7 @@ def plan_gateway(vpc, subnet):
     """A subnet's gateway, on the switch, and where the host finds the subnet."""
     bridge, own = vpc["bridge"], ("link", vpc["bridge"])
     gateway = "%s/%s" % (subnet["gw"], subnet["cidr"].split("/")[1])
-    neighbour = Step(ENTRY, ("neighbour", bridge, subnet["host_ip"], subnet["mac"]),
+    neighbour = Step(NEIGHBOUR, ("neighbour", bridge, subnet["host_ip"], subnet["mac"]),
                      "ip neigh replace %s lladdr %s dev %s nud permanent" % (subnet["host_ip"], subnet["mac"], bridge),
                      "ip neigh del %s dev %s" % (subnet["host_ip"], bridge), "no forged ARP answer counts", own)
     if gateway == "%s/%s" % (first_address(vpc["cidr"]), vpc["cidr"].split("/")[1]):
@@ -2732,7 +2777,7 @@ def new_subnet(ctl, vpc, name, cidr, gateway, world, used=None):
     space = short_name("ns-", "%s-%s" % (vpc["name"], name), "", 80, used.__contains__)
     used.update((space, veth + "-a", veth + "-b"))
     return {"name": name, "cidr": str(block), "ns": space, "gw": str(gate), "host_ip": str(address), "veth": veth,
-            "mac": hardware_address(str(address)), "policy": json.loads(json.dumps(DEFAULT_POLICY))}
+            "mac": hardware_address(str(address)), "policy": duplicate(DEFAULT_POLICY)}
 
 
 def first_free_block(vpc):
@@ -3043,7 +3088,7 @@ def reset_policy(ctl, args):
     """give a subnet the default policy again"""
     new = ctl.copy()
     vpc = ctl.vpc(args.vpc, new)
-    set_policy(ctl, new, vpc, ctl.subnet(vpc, args.subnet), json.loads(json.dumps(DEFAULT_POLICY)))
+    set_policy(ctl, new, vpc, ctl.subnet(vpc, args.subnet), duplicate(DEFAULT_POLICY))
 
 
 def read_json(path, what):
@@ -3774,7 +3819,7 @@ def set_subnets(ctl, vpc, entry, world, used):
             with placed("subnet %s" % given["name"]):
                 subnet = new_subnet(ctl, vpc, given["name"], given["cidr"], given.get("gw"), world, used)
         vpc["subnets"].append(subnet)
-        subnet["policy"] = given.get("policy") or json.loads(json.dumps(DEFAULT_POLICY))
+        subnet["policy"] = given.get("policy") or duplicate(DEFAULT_POLICY)
         for app in given.get("apps", ()):
             known = apps.get((given["name"], app["port"]))
             fits = known and known.get("command") == app.get("cmd") and known["ns"] == subnet["ns"]
