@@ -115,13 +115,18 @@ def rule_step(chain, rule, why, table="filter", place=None, mark="vpcctl", holde
 
     Rules that may stand anywhere go in behind the first one, so that "last" stays last.
     """
-    where = ["-t", table] if table != "filter" else []
-    rule = tuple(rule) + ("-m", "comment", "--comment", mark)
     at = {"first": ("-I", chain, "1"), "last": ("-A", chain), None: ("-I", chain, "2"),
           "append": ("-A", chain), "prepend": ("-I", chain, "1")}[place]
     place = place if place in ("first", "last") else None
-    return Step(FIREWALL, ("rule", table, chain, rule_key(rule), place), (("iptables", *where, *at, *rule),),
-                (("iptables", *where, "-D", chain, *rule),), why, holder)
+    do = rule_argv(at, rule, mark, table)
+    return Step(FIREWALL, ("rule", table, chain, rule_key(do[do.index(chain) + len(at) - 1:]), place), (do,),
+                (rule_argv(("-D", chain), rule, mark, table),), why, holder)
+
+
+def rule_argv(at, rule, mark, table="filter"):
+    """The command that puts a rule in, or takes it out: `at` is like ("-I", "FORWARD", "1")."""
+    return ("iptables",) + (("-t", table) if table != "filter" else ()) + at + tuple(rule) + (
+        "-m", "comment", "--comment", mark)
 
 
 def chain_step(chain, why, holder=None):
@@ -186,6 +191,11 @@ def bounds(block):
     if max(parts) > 255 or first % size or ".".join(map(str, parts)) != address:
         raise ValueError("'%s' is not a block" % block)
     return first, first + size - 1
+
+
+def dotted(number):
+    """An address from its number."""
+    return ".".join(str(number >> shift & 255) for shift in (24, 16, 8, 0))
 
 
 def inside(inner, outer):
@@ -311,6 +321,18 @@ PACKAGES = {"ip": "iproute2 (RHEL: iproute)", "bridge": "iproute2 (RHEL: iproute
             "setpriv": "util-linux", "nsenter": "util-linux"}
 
 
+def find_tool(tool):
+    """Where a system tool is, or None; also where an ordinary user's PATH does not look. (shutil's own `which` comes
+    with compressors and archives: 3 ms of every change.)"""
+    if "/" in tool:
+        return tool if os.access(tool, os.X_OK) else None
+    for folder in os.environ.get("PATH", os.defpath).split(":") + ["/usr/sbin", "/sbin"]:
+        path = os.path.join(folder, tool)
+        if os.access(path, os.X_OK) and not os.path.isdir(path):
+            return path
+    return None
+
+
 def missing_tool(tool):
     """The Problem for a system tool that is not installed."""
     return Problem("Cannot find required command: %s" % tool,
@@ -333,7 +355,7 @@ def enter_namespace(name):
         os.close(handle)
 
 
-HOST = ""                         # where a command runs that is not for a namespace
+HOST = "the host's "              # with a tool's name: where a command runs that is not for a namespace
 
 
 def in_namespaces(names, work):
@@ -343,7 +365,7 @@ def in_namespaces(names, work):
     Returns name -> result; an exception is a result too. Children of such a thread live in the namespace as well.
     """
     import threading
-    queue, results = sorted(names, key=lambda name: name == HOST), {}      # the host's, which takes longest, first
+    queue, results = sorted(names, key=lambda name: name.startswith(HOST)), {}      # the host's, which takes longest, first
 
     def worker():
         while True:
@@ -352,7 +374,7 @@ def in_namespaces(names, work):
             except IndexError:
                 return
             try:
-                if name != HOST:
+                if not name.startswith(HOST):
                     enter_namespace(name)
                 results[name] = work(name)
             except Exception as error:            # handed to the caller, who knows what it means
@@ -377,13 +399,13 @@ def lane(argv):
     """Which batch a command can ride in: consecutive commands of one lane become one process. The lanes of namespaces
     run side by side, and beside them what takes its time because it first reads all links (measured: 200 links, 6 ms)."""
     if argv[0] == "bridge" or argv[:2] == ("ip", "neigh"):
-        return "ns", HOST
+        return "ns", HOST + argv[0]
     if argv[:2] == ("ip", "-n"):
         return "ns", argv[2]
     if argv[:3] == ("ip", "netns", "exec"):
         return "ns", argv[3]
     if argv[0] == "iptables":
-        return "iptables", HOST
+        return "iptables", ""
     return ("file" if argv[0] in FILE_WORKS else argv[0]), ""
 
 
@@ -528,7 +550,7 @@ def split_lanes(commands):
     groups = []
     for argv in commands:
         kind, where = lane(argv)
-        if groups and groups[-1][:2] == (kind, where) and (kind != "ns" or groups[-1][2][0][0] == argv[0]):
+        if groups and groups[-1][:2] == (kind, where):
             groups[-1][2].append(argv)
         else:
             groups.append((kind, where, [argv]))
@@ -802,7 +824,7 @@ def take_back_lanes(groups):
 
 def take_back_lane(kind, where, group):
     """Run commands that remove things -> what could not be removed. A batch that fails is run one by one."""
-    if kind == "ns" and where == HOST:
+    if kind == "ns" and where.startswith(HOST):
         kind = group[0][0]
     elif kind == "ns":
         result = in_namespaces([where], lambda _: run_inside(group))[where]
@@ -1119,7 +1141,9 @@ class Store:
 def record_text(record):
     """A record as JSON that people can read: a line for each subnet, app, rule. (Indented throughout, it would be
     written by Python's slow encoder.)"""
-    lines = ["%s: [\n  %s\n ]" % (json.dumps(key), ",\n  ".join(json.dumps(item) for item in value))
+    rules = json.dumps(record["host_iptables"]).replace("], [", "],\n  [")       # quicker than one by one, if many
+    lines = ["%s: %s" % (json.dumps(key), rules) if key == "host_iptables" else
+             "%s: [\n  %s\n ]" % (json.dumps(key), ",\n  ".join(json.dumps(item) for item in value))
              if isinstance(value, list) and value else "%s: %s" % (json.dumps(key), json.dumps(value))
              for key, value in record.items()]
     return "{\n %s\n}\n" % ",\n ".join(lines)
@@ -1160,8 +1184,7 @@ def host_interfaces():
 
 def iptables_kind():
     """Which of the two firewalls `iptables` speaks to here: nft or legacy. Problem 4 if it is not installed."""
-    import shutil
-    path = shutil.which("iptables", path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
+    path = find_tool("iptables")
     if not path:
         raise missing_tool("iptables")
     real = os.path.basename(os.path.realpath(path))
@@ -1701,10 +1724,14 @@ def plan_inside(subnet):
     ]
 
 
+def source_words(subnet):
+    """The rule that knows a subnet's packets by address and hardware address."""
+    return "-s", subnet["cidr"], "-m", "mac", "--mac-source", subnet["mac"], "-j", "RETURN"
+
+
 def source_rule(vpc, subnet):
     """The rule by which a subnet's addresses are believed: they must come with its hardware address."""
-    return rule_step(vpc["chain_src"], ("-s", subnet["cidr"], "-m", "mac", "--mac-source", subnet["mac"], "-j", "RETURN"),
-                     "these addresses come from this subnet", place="prepend", mark=ALIAS + vpc["name"],
+    return rule_step(vpc["chain_src"], source_words(subnet), "these addresses come from this subnet", place="prepend", mark=ALIAS + vpc["name"],
                      holder=("chain", "filter", vpc["chain_src"]))
 
 
@@ -1992,14 +2019,15 @@ def render_resolv(vpc):
 
 def recorded_rules(vpc):
     """The host's firewall rules of one VPC, as commands: for people who read the record; never run from it."""
-    steps = plan_vpc(vpc) + [source_rule(vpc, subnet) for subnet in vpc["subnets"]]
-    steps += plan_nat(vpc) if vpc.get("nat") else []
-    return [argv for step in steps for argv in step.do if argv[0] == "iptables"]
+    steps = plan_chains(vpc) + (plan_nat(vpc) if vpc.get("nat") else [])
+    rules = [argv for step in steps for argv in step.do if argv[0] == "iptables"]
+    return rules + [rule_argv(("-I", vpc["chain_src"], "1"), source_words(subnet), ALIAS + vpc["name"])
+                    for subnet in vpc["subnets"]]
 
 
 def first_address(cidr):
     """The first usable address of a block."""
-    return str(as_network(cidr)[1])
+    return dotted(bounds(cidr)[0] + 1)
 
 
 def hardware_address(address):
@@ -2759,8 +2787,10 @@ def new_subnet(ctl, vpc, name, cidr, gateway, world, used=None):
                       "a subnet's range is a part of its VPC's, for example %s" % first_free_block(vpc))
     if block.prefixlen > 30:
         raise Problem("%s is too small for a subnet" % block, "the smallest is a /30: a gateway and one address")
+    first, last = bounds(str(block))
     for other in vpc["subnets"] if used is None else ():
-        if block.overlaps(as_network(other["cidr"])):
+        low, high = bounds(other["cidr"])
+        if first <= high and low <= last:
             raise Problem("%s overlaps subnet %s (%s)" % (block, other["name"], other["cidr"]),
                           "a free block: %s" % first_free_block(vpc))
     own = ipaddress.IPv4Address(first_address(vpc["cidr"]))
@@ -2782,16 +2812,13 @@ def new_subnet(ctl, vpc, name, cidr, gateway, world, used=None):
 
 def first_free_block(vpc):
     """The first free /24 of a VPC, or the largest smaller block that fits. Arithmetic: a /8 has 65,536 of them."""
-    import ipaddress
-    own = as_network(vpc["cidr"])
-    taken = sorted((int(block.network_address), int(block.broadcast_address))
-                   for block in (as_network(subnet["cidr"]) for subnet in vpc["subnets"]))
-    start, end = int(own.network_address), int(own.broadcast_address)
-    for length in range(max(24, own.prefixlen), 31):
+    taken = sorted(bounds(subnet["cidr"]) for subnet in vpc["subnets"])
+    start, end = bounds(vpc["cidr"])
+    for length in range(max(24, int(vpc["cidr"].split("/")[1])), 31):
         size, at = 1 << (32 - length), start
         for low, high in taken + [(end + 1, end + 1)]:
             if at + size <= low:
-                return "%s/%d" % (ipaddress.IPv4Address(at), length)
+                return "%s/%d" % (dotted(at), length)
             at = max(at, -(-(high + 1) // size) * size)
     raise Problem("VPC %s (%s) is full" % (vpc["name"], vpc["cidr"]), "delete a subnet, or make another VPC")
 
@@ -3585,14 +3612,13 @@ def shell(ctl, args):
 
 def enter_and_run(ctl, subnet, program):
     """Become a program in a namespace. Problem if the namespace or the program is not there."""
-    import shutil
     argv = ["ip", "netns", "exec", subnet["ns"]] + list(program)
     if ctl.dry_run:
         return ctl.run.echo(tuple(argv))
     if not os.path.exists(os.path.join(NETNS_DIR, subnet["ns"])):
         raise Problem("subnet %s is down: there is no namespace %s" % (subnet["name"], subnet["ns"]),
                       "`vpcctl restore` brings it up", 3)
-    if not shutil.which(program[0]):
+    if not find_tool(program[0]):
         raise Problem("there is no command '%s'" % program[0], code=127)
     sys.stdout.flush()
     os.execvp("ip", argv)
@@ -4030,10 +4056,8 @@ def inspect(ctl, args):
 @command("verify", "verify", arg("--json", action="store_true", help="the findings as JSON"))
 def verify(ctl, args):
     """check the tools, then every object of every VPC: missing, changed, or without a record"""
-    import shutil
-    path = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
     checks = [("root", os.geteuid() == 0, "run it with sudo")] + [
-        (tool, bool(shutil.which(tool, path=path)), missing_tool(tool).hint)
+        (tool, bool(find_tool(tool)), missing_tool(tool).hint)
         for tool in ("ip", "bridge", "iptables", "setpriv")]
     lacking = [(what, hint) for what, found, hint in checks if not found]
     if not args.json:
@@ -4951,12 +4975,11 @@ def take_terminal_back():
 
 def check_sandbox_tools():
     """Raise Problem (4) with the package's name if a program that the sandbox needs is missing."""
-    import shutil
     path = os.environ.get("PATH", os.defpath)
     path += "".join(":" + folder for folder in ("/usr/sbin", "/sbin") if folder not in path.split(":"))
     for program, package in (("unshare", "util-linux"), ("mount", "util-linux or mount"),
                              ("ip", "iproute2 (on RHEL: iproute)")):
-        if not shutil.which(program, path=path):
+        if not find_tool(program):
             raise Problem("the sandbox needs '%s', which is not installed" % program,
                           hint="install the package %s" % package, code=4)
     os.environ["PATH"] = path
@@ -5097,7 +5120,6 @@ def sandbox_mounts():
 def sandbox_environment(command):
     """Make the sandbox's programs and settings; returns the command line to run."""
     import shlex
-    import shutil
     folder = SANDBOX_RUN + "/bin"
     os.makedirs(folder)
     os.makedirs("/run/vpcctl-data")
@@ -5114,7 +5136,7 @@ def sandbox_environment(command):
     sys.stderr.write(SANDBOX_GREETING)
     # the user's own prompt and history file are left alone
     os.environ.update({"PS1": "(sandbox) # ", "HISTFILE": SANDBOX_RUN + "/history"})
-    bash = shutil.which("bash")
+    bash = find_tool("bash")
     return [bash, "--norc", "--noprofile"] if bash else [os.environ.get("SHELL") or "/bin/sh"]
 
 
@@ -5568,10 +5590,9 @@ def need_root():
 
 def need_tools():
     """Problem 4 if a system tool is missing."""
-    import shutil
     os.environ["PATH"] = os.environ.get("PATH", "/usr/bin:/bin") + ":/usr/sbin:/sbin"
     for tool in ("ip", "bridge", "iptables", "iptables-restore"):
-        if not shutil.which(tool):
+        if not find_tool(tool):
             raise missing_tool(tool)
 
 

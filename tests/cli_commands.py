@@ -468,11 +468,11 @@ class MachineTest(CliTest):
         before = self.tree()
         for tools, package in ((("ip", "bridge"), "iproute2"), (("iptables",), "iptables"),
                                (("iptables-restore",), "iptables")):
-            with mock.patch("shutil.which", lambda name, *_, **__: None if name in tools else "/sbin/" + name):
+            with mock.patch("vpcctl.find_tool", lambda name: None if name in tools else "/sbin/" + name):
                 for line in self.CHANGES:
                     self.refused(*line.split(), code=4, text="Cannot find required command: " + tools[0],
                                  hint="install the package " + package)
-        with mock.patch("shutil.which", lambda name, *_, **__: None):
+        with mock.patch("vpcctl.find_tool", lambda name: None):
             self.assertIn("Cannot find required command: ip",
                           self.cli("create", "x", "--cidr", "10.9.0.0/16", code=4).err)
             answer = self.cli("verify", code=4)
