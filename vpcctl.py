@@ -113,9 +113,9 @@ def link_conf(family, device, switch):
 def rule_step(chain, rule, why, table="filter", place=None, mark="vpcctl", holder=None):
     """A firewall rule of the host; place: None (anywhere), "first" or "last" in its chain.
 
-    Rules that may stand anywhere go in behind the first one, so that "last" stays last.
+    Rules that may stand anywhere go in behind the first one, so that "last" stays last; "third": behind two.
     """
-    at = {"first": ("-I", chain, "1"), "last": ("-A", chain), None: ("-I", chain, "2"),
+    at = {"first": ("-I", chain, "1"), "last": ("-A", chain), None: ("-I", chain, "2"), "third": ("-I", chain, "3"),
           "append": ("-A", chain), "prepend": ("-I", chain, "1")}[place]
     place = place if place in ("first", "last") else None
     do = rule_argv(at, rule, mark, table)
@@ -1891,13 +1891,14 @@ def plan_peering(a, b, peer):
                   for block in blocks]
         steps.append(rule_step(chain, ("-i", here["bridge"], "-o", there["bridge"], "-j", "DROP"),
                                "nothing else between the two", place="append", holder=held))
-    for near, far, near_vpc, far_vpc in ((of_a, of_b, a, b), (of_b, of_a, b, a)):
-        steps += [rule_step(chain, ("-s", source, "-d", target, "-i", near_vpc["bridge"], "-o", far_vpc["bridge"],
-                                    "-j", "ACCEPT"), "these may talk", place="prepend", mark="peer-allow", holder=held)
-                  for source in near for target in far]
-    # First of all: a sender may pass only with its own address (the chain may be entered from either VPC's side).
+    # First of all: a sender may pass only with its own address (the chain may be entered from either VPC's side). What
+    # is allowed stands behind these two, also when one of them was lost and is put in again.
     steps += [rule_step(chain, ("-i", vpc["bridge"], "-j", vpc["chain_src"]), "senders are who they say they are",
                         place="prepend", mark="peer-source", holder=held) for vpc in (a, b)]
+    for near, far, near_vpc, far_vpc in ((of_a, of_b, a, b), (of_b, of_a, b, a)):
+        steps += [rule_step(chain, ("-s", source, "-d", target, "-i", near_vpc["bridge"], "-o", far_vpc["bridge"],
+                                    "-j", "ACCEPT"), "these may talk", place="third", mark="peer-allow", holder=held)
+                  for source in near for target in far]
     return steps + [rule_step(here["chain"], ("-j", chain), "the peering decides",
                               mark="peer-%s-%s" % (there["name"], ",".join(peer["allowed"]))[:240],
                               holder=("chain", "filter", here["chain"])) for here, there in ((a, b), (b, a))]
@@ -2487,7 +2488,8 @@ def delete(ctl, args):
         remove_tree("%s/%s" % (RUN_DIR, args.vpc))
         tidy_apps(ctl, (), ctl.world)
         return ctl.report("Deleted VPC: %s" % args.vpc)
-    if args.vpc not in ctl.intents and args.vpc not in ctl.world and clear_orphans(ctl, args.vpc):
+    if not any(args.vpc in known for known in (ctl.world, ctl.intents, ctl.damaged)) and clear_orphans(ctl, args.vpc):
+        forget_peer(ctl, args.vpc)
         return ctl.report("Deleted VPC: %s (it had no record)" % args.vpc)
     if args.vpc not in ctl.intents:
         ctl.vpc(args.vpc)
@@ -2656,8 +2658,16 @@ def restore(ctl, args):
     if ctl.dry_run:
         return ctl.run.make(sorted([(None, step) for step in plan(ctl.world, set(names)).values()],
                                    key=lambda pair: pair[1].phase), [])
-    done = mend(ctl, names) if names else 0
+    done = mend(ctl, names) + clear_strays(ctl, names) if names else 0
     ctl.report("Restored: %s" % ", ".join(names) if done else "Nothing to restore")
+
+
+def clear_strays(ctl, names):
+    """Remove what says it is of one of these VPCs, but is not in its record -> how many things went."""
+    seen = observe(ctl.world, inside_too=False)
+    strays = [step for step in orphans(ctl, seen) if seen.owned[step.fact][0] in names]
+    ctl.run.transact(strays, [])
+    return len(strays)
 
 
 def is_down(vpc, interfaces=None):
