@@ -2658,7 +2658,7 @@ def restore(ctl, args):
     if ctl.dry_run:
         return ctl.run.make(sorted([(None, step) for step in plan(ctl.world, set(names)).values()],
                                    key=lambda pair: pair[1].phase), [])
-    done = mend(ctl, names) + clear_strays(ctl, names) if names else 0
+    done = clear_strays(ctl, names) + mend(ctl, names) if names else 0
     ctl.report("Restored: %s" % ", ".join(names) if done else "Nothing to restore")
 
 
