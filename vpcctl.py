@@ -1141,8 +1141,9 @@ class Store:
 def record_text(record):
     """A record as JSON that people can read: a line for each subnet, app, rule. (Indented throughout, it would be
     written by Python's slow encoder.)"""
-    rules = json.dumps(record["host_iptables"]).replace("], [", "],\n  [")       # quicker than one by one, if many
-    lines = ["%s: %s" % (json.dumps(key), rules) if key == "host_iptables" else
+    # There may be hundreds of these, and no text of a user's in them: quicker than one by one.
+    many = {"host_iptables": ("], [", "],\n  ["), "subnets": ("}}, {", "}},\n  {")}
+    lines = ["%s: %s" % (json.dumps(key), json.dumps(value).replace(*many[key])) if key in many else
              "%s: [\n  %s\n ]" % (json.dumps(key), ",\n  ".join(json.dumps(item) for item in value))
              if isinstance(value, list) and value else "%s: %s" % (json.dumps(key), json.dumps(value))
              for key, value in record.items()]
@@ -1450,18 +1451,18 @@ def data_folder(chosen):
 
 # -- from records to steps
 
-def resources(world):
+def resources(world, other=None):
     """Every resource of a world: key -> (what it is made from, a function that plans it).
 
     Resources made from equal data are equal, so that only those that differ are planned: adding the 200th subnet
-    plans one subnet.
+    plans one subnet. Subnets that are the same in the world `other` may be left out.
     """
     found = {}
     ways = {}
     for name, vpc in world.items():
         base = vpc_base(vpc)
         found["vpc", name] = base, (plan_vpc, (vpc,))
-        for subnet in vpc["subnets"]:
+        for subnet in changed_subnets(vpc, (other or {}).get(name)):
             key = subnet["name"]
             wire = {field: subnet[field] for field in ("cidr", "ns", "gw", "host_ip", "veth", "mac")}
             found["subnet", name, key] = (base, wire), (plan_subnet, (vpc, subnet))
@@ -1489,6 +1490,15 @@ def resources(world):
 RANK = ("vpc", "subnet", "policy", "forwarding", "nat", "published", "peer", "names")
 
 
+def changed_subnets(vpc, other):
+    """A VPC's subnets, without those that are the same in another version of it. (What a policy makes of the names in
+    it depends on the siblings.)"""
+    if not other or vpc_base(vpc) != vpc_base(other):
+        return vpc["subnets"]
+    known = {subnet["name"]: subnet for subnet in other["subnets"] if subnet["policy"] == DEFAULT_POLICY}
+    return [subnet for subnet in vpc["subnets"] if known.get(subnet["name"]) != subnet]
+
+
 def vpc_base(vpc):
     """The fields of a VPC on which everything in it depends."""
     return [vpc[field] for field in ("cidr", "bridge", "chain", "chain_in", "chain_src", "table", "mac")]
@@ -1512,7 +1522,7 @@ IN_PLACE = ("policy", "forwarding", "nat", "names")
 
 def difference(old, new):
     """What leads from one world to another -> (steps to take back, pairs (old step or None, new step) to make)."""
-    before, after = resources(old), resources(new)
+    before, after = resources(old, new), resources(new, old)
     gone, come, anew = {}, {}, set()
     for key in before:
         if key not in after or before[key][0] != after[key][0]:
@@ -5641,6 +5651,8 @@ def open_streams():
 
 def start():
     """Be the command `vpcctl`; never returns."""
+    import gc
+    gc.disable()                                  # it looks through hundreds of records in vain: the process is short
     open_streams()
     sys.exit(main())
 
