@@ -1467,18 +1467,18 @@ def data_folder(chosen):
 
 # -- from records to steps
 
-def resources(world, other=None):
+def resources(world, compared=None):
     """Every resource of a world: key -> (what it is made from, a function that plans it).
 
     Resources made from equal data are equal, so that only those that differ are planned: adding the 200th subnet
-    plans one subnet. Subnets that are the same in the world `other` may be left out.
+    plans one subnet. Subnets that are the same in the world `compared` are left out.
     """
     found = {}
     ways = {}
     for name, vpc in world.items():
         base = vpc_base(vpc)
         found["vpc", name] = base, (plan_vpc, (vpc,))
-        for subnet in changed_subnets(vpc, (other or {}).get(name)):
+        for subnet in changed_subnets(vpc, (compared or {}).get(name)):
             key = subnet["name"]
             wire = {field: subnet[field] for field in ("cidr", "ns", "gw", "host_ip", "veth", "mac")}
             found["subnet", name, key] = (base, wire), (plan_subnet, (vpc, subnet))

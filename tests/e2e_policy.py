@@ -466,5 +466,23 @@ class WindowTest(SandboxTest):
             self.assertEqual(set(stream.got.values()), {0}, stream.address)
 
 
+class LargeTest(SandboxTest):
+    """A policy of a thousand rules holds, also where the kernel takes only small transactions (without real root)."""
+
+    def test_a_thousand_rules(self):
+        for words in ("create blog --cidr 10.20.0.0/16", "add-subnet blog web --cidr 10.20.1.0/24",
+                      "add-subnet blog db --cidr 10.20.2.0/24"):
+            vpcctl(*words.split())
+        for ports in (range(2000, 3000), range(4000, 4010), range(2500, 3500)):
+            vpcctl("apply-policy", "blog", self.file("large.json", {"subnet": "db", "egress": [], "ingress": [
+                {"port": port, "protocol": "tcp", "action": "allow"} for port in ports]}))
+            vpcctl("verify")
+            for port in (2000, 2999, 4000, 4009, 3499):
+                if port in ports:
+                    self.assert_refused("ns-blog-web", "10.20.2.2", port)      # the way is free, nobody listens
+                else:
+                    self.assert_dropped("ns-blog-web", "10.20.2.2", port)
+
+
 if __name__ == "__main__":
     unittest.main()

@@ -10,6 +10,7 @@ import sys
 import time
 import types
 import unittest
+from unittest import mock
 
 from support import VPCCTL
 
@@ -447,6 +448,73 @@ class RuleTest(TextTest):
         """An interface eth0.100 has a dot in its name, which is no level of the tree."""
         self.assertEqual(tool.sysctl_path(tool.link_conf("ipv4", "eth0.100", "forwarding")),
                          "/proc/sys/net/ipv4/conf/eth0.100/forwarding")
+
+
+class PieceTest(unittest.TestCase):
+    """Where the kernel takes only small transactions (without real root): in pieces, never letting more through."""
+
+    LIMIT = 120
+
+    def run_batch(self, commands):
+        texts = []
+
+        def call(argv, text=None):
+            if text.count("\n") > self.LIMIT:
+                return 1, "", "sendmsg() failed: Message too long"
+            texts.append(text.splitlines())
+            return 0, "", ""
+        with mock.patch.object(tool, "call", call):
+            return tool.iptables_batch(commands), texts
+
+    def test_small_ones_are_one_transaction(self):
+        answer, texts = self.run_batch([("iptables", "-F", "INPUT"), ("iptables", "-A", "INPUT", "-j", "ACCEPT")])
+        self.assertEqual(answer, (2, ""))
+        self.assertEqual(texts, [["*filter", "-F INPUT", "-A INPUT -j ACCEPT", "COMMIT"]])
+
+    def test_a_policy_is_replaced_behind_a_drop(self):
+        rules = [("iptables", "-A", "INPUT", "-p", "tcp", "--dport", str(port), "-j", "ACCEPT") for port in range(1, 251)]
+        answer, texts = self.run_batch([("iptables", "-F", "INPUT")] + rules)
+        self.assertEqual(answer, (251, ""))
+        drop = "-j DROP -m comment --comment policy-being-replaced"
+        self.assertEqual(texts[0], ["*filter", "-F INPUT", "-I INPUT 1 " + drop, "COMMIT"])
+        self.assertEqual([len(lines) - 2 for lines in texts], [2, 100, 100, 50, 1])
+        self.assertEqual(texts[-1], ["*filter", "-D INPUT " + drop, "COMMIT"])
+        put_in = [line for lines in texts[1:-1] for line in lines[1:-1]]
+        self.assertEqual(put_in, ["-A INPUT -p tcp --dport %d -j ACCEPT" % port for port in range(1, 251)])
+
+    def test_the_host_keeps_its_order(self):
+        commands = [("iptables", "-N", "vpc-x")] + [("iptables", "-I", "vpc-x", "1", "-s", "10.0.%d.0/24" % number)
+                                                    for number in range(150)]
+        answer, texts = self.run_batch(commands)
+        self.assertEqual(answer, (151, ""))
+        self.assertEqual([line for lines in texts for line in lines[1:-1]], [" ".join(argv[1:]) for argv in commands])
+
+
+class PeeredDifferenceTest(TextTest):
+    """Subnets that stay as they are cost nothing, whatever else changes, in whichever VPC."""
+
+    def test_a_peering_touches_no_subnet(self):
+        for count in (1, 2):
+            world = self.world_of(count)
+            new = tool.duplicate(world)
+            entry = {"veth_a": "pv-a-b-a", "veth_b": "pv-a-b-b", "chain": "vpc-peer-a-b",
+                     "allowed": [new[name]["subnets"][0]["cidr"] for name in "ab"]}
+            new["a"]["peers"].append(dict(entry, peer_vpc="b", side="a"))
+            new["b"]["peers"].append(dict(entry, peer_vpc="a", side="b"))
+            for old_world, new_world in ((world, new), (new, world)):
+                removes, makes = tool.difference(old_world, new_world)
+                touched = {step.fact[0] for step in removes + [step for _, step in makes]}
+                self.assertFalse(touched & {"ns", "policy", "inside", "fdb", "neighbour"}, touched)
+                self.assertTrue(removes + makes)
+
+    @staticmethod
+    def world_of(count):
+        world = {}
+        for number, name in enumerate("ab"):
+            make_vpc(world, name, "10.%d.0.0/16" % (20 + number))
+            for index in range(count):
+                world[name]["subnets"].append(tool.new_subnet(DESK, world[name], "s%d" % index, None, None, world))
+        return world
 
 
 class DifferenceTest(TextTest):
