@@ -436,23 +436,32 @@ def ip_batch(commands):
     return (int(failed.group(1)) - 1 if failed else 0), re.sub(r"Command failed.*\n?", "", said)
 
 
-def iptables_batch(commands):
-    """Put firewall commands in, as one transaction for each table -> how many were done, error text."""
+def iptables_restore(commands):
+    """Put firewall commands in, as one transaction for each table -> exit code, error text, number of tables."""
     tables = {}
     for argv in commands:
         table, words = (argv[2], argv[3:]) if argv[1] == "-t" else ("filter", argv[1:])
         tables.setdefault(table, []).append(" ".join(quoted(word) for word in words))
     code, _, said = call(["iptables-restore", "-w", "5", "--noflush"], "".join(
         "*%s\n%s\nCOMMIT\n" % (table, "\n".join(lines)) for table, lines in tables.items()))
+    if code:
+        said = "ended by signal %d" % -code if code < 0 else said or "iptables-restore: exit code %d" % code
+    return code, said, len(tables)
+
+
+def iptables_batch(commands):
+    """Put firewall commands in, all or none of a table's -> how many were done, error text."""
+    if len(commands) > PIECE and not has_nobody():
+        return iptables_pieces(commands)          # a sandbox of an ordinary user: it would be refused as a whole
+    code, said, tables = iptables_restore(commands)
     if code == 0:
         return len(commands), ""
-    if code > 0 and "Message too long" in said and len(commands) > PIECE:
+    if code > 0 and TOO_LONG in said:
         return iptables_pieces(commands)
-    said = said or "iptables-restore: exit code %d" % code
-    return (0 if code > 0 and len(tables) == 1 else UNKNOWN), "ended by signal %d" % -code if code < 0 else said
+    return (0 if code > 0 and tables == 1 else UNKNOWN), said
 
 
-PIECE = 100                       # commands in a transaction, where the kernel limits its size
+PIECE, TOO_LONG = 200, "Message too long"
 
 
 def iptables_pieces(commands):
@@ -461,14 +470,16 @@ def iptables_pieces(commands):
     held = sorted({argv[2] for argv in commands if argv[1] == "-A"} & {"INPUT", "OUTPUT"})
     hold = [("iptables", verb, chain) + at + ("-j", "DROP", "-m", "comment", "--comment", "policy-being-replaced")
             for verb, at in (("-I", ("1",)), ("-D", ())) for chain in held]
-    first = [argv for argv in commands if argv[1] in ("-F", "-D")] if held else []
-    rest = [argv for argv in commands if argv not in first] if first else list(commands)
+    first = [argv for argv in commands if held and argv[1] in ("-F", "-D")]
+    rest = [argv for argv in commands if argv[1] not in ("-F", "-D")] if held else list(commands)
     pieces = [first + hold[:len(held)]] + [rest[at:at + PIECE] for at in range(0, len(rest), PIECE)] + [hold[len(held):]]
-    for piece in pieces:
-        if piece:
-            done, said = iptables_batch(piece)
-            if done != len(piece):
-                return UNKNOWN, said
+    while pieces:
+        piece = pieces.pop(0)
+        code, said, _ = iptables_restore(piece) if piece else (0, "", 0)
+        if code > 0 and TOO_LONG in said and len(piece) > 1:
+            pieces[:0] = [piece[:len(piece) // 2], piece[len(piece) // 2:]]
+        elif code:
+            return UNKNOWN, said
     return len(commands), ""
 
 
