@@ -365,6 +365,7 @@ def in_namespaces(names, work):
     queue, results = list(reversed(list(names))), {}
 
     def worker():
+        """Take names until none is left."""
         while True:
             try:
                 name = queue.pop()
@@ -5459,6 +5460,7 @@ class Parser(argparse.ArgumentParser):
         return options, odd
 
     def error(self, message):
+        """Refuse a command line, in our words."""
         known, usual = self._option_string_actions, "`%s --help` shows how" % self.prog
         surplus, lack = message.startswith("unrecognized"), message.startswith("the following arguments are required")
         typed = message.split() if surplus else self.words if lack else ()
