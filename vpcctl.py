@@ -1,8 +1,10 @@
 #!/bin/sh
 # The shell reads the next statement and starts Python on this file as a module, whose compiled form Python keeps in
-# __pycache__: half of a short command's time is compiling. Python itself reads it as a text that means nothing.
-"exec" "python3" "-ISc" "import sys, os.path as o; p = o.realpath(sys.argv[1]); sys.argv[:] = [p] + sys.argv[2:];"\
-" sys.path.insert(0, o.dirname(p)); __import__('vpcctl').start() if p.endswith('/vpcctl.py') else"\
+# __pycache__: half of a short command's time is compiling. Python itself reads it as a text that means nothing. The
+# umask is set before Python writes that form: root's own may be open to everybody, or closed to what apps must read.
+"exec" "python3" "-ISc" "import sys, os, os.path as o; u = os.umask(18); p = o.realpath(sys.argv[1]);"\
+" sys.argv[:] = [p] + sys.argv[2:]; sys.path.insert(0, o.dirname(p));"\
+" __import__('vpcctl').start(u) if p.endswith('/vpcctl.py') else"\
 " __import__('runpy').run_path(p, None, '__main__')" "$0" "$@"
 __doc__ = """vpcctl - a cloud network (VPC) on the machine in front of you, from Linux's own parts.
 
@@ -40,6 +42,7 @@ PREF_OWN, PREF_FENCE, PREF_OUT, PREF_END, PREF_VOID, PREF_IN, PREF_SHUT = (str(7
 MARK_BITS, MARK_SALT = 12, (1 << 12) - 1
 NETNS_DIR, ETC_NETNS, RUN_DIR = "/run/netns", "/etc/netns", "/run/vpcctl"
 NOBODY = 65534
+UMASK = 0o022                     # others read what we make (apps, `list` without root), and nobody else writes
 LOCK_WAIT, APP_WAIT, STOP_WAIT, LOG_LIMIT, PROBE_SIZE = 60.0, 10.0, 5.0, 1 << 20, 1 << 16
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,31}\Z")
 DEFAULT_POLICY = {"ingress": [{"port": 80, "protocol": "tcp", "action": "allow"},
@@ -1253,8 +1256,9 @@ SUBNET = arg("subnet", type=name_type, metavar="SUBNET", help="name of the subne
 class Control:
     """What a command works with: the options, the records, the executor, and the way to change a VPC."""
 
-    def __init__(self, options, executor=None, store=None):
+    def __init__(self, options, executor=None, store=None, umask=UMASK):
         self.options = options
+        self.umask = umask                        # the user's own, for programs that are the user's (exec, sandbox)
         self.dry_run = options.dry_run
         self.run = executor or Executor(options.dry_run, options.quiet, options.why)
         self.store = store or Store(data_folder(options.data_dir))
@@ -3674,6 +3678,7 @@ def enter_and_run(ctl, subnet, program):
     if not find_tool(program[0]):
         raise Problem("there is no command '%s'" % program[0], code=127)
     sys.stdout.flush()
+    os.umask(ctl.umask)
     os.execvp("ip", argv)
 
 
@@ -4949,14 +4954,14 @@ def sandbox(ctl, args):
     program, script = args.program, os.path.realpath(__file__)
     if ctl.dry_run:
         return ctl.run.echo(tuple(sandbox_argv(script, program, os.geteuid() == 0)))
-    return enter_sandbox(script, program)
+    return enter_sandbox(script, program, ctl.umask)
 
 
 @command("__sandbox-init", "__sandbox-init -- true",
          arg("program", nargs="*", metavar="-- COMMAND…", help="what to run"), hidden=True)
-def sandbox_first(_ctl, args):
+def sandbox_first(ctl, args):
     """be the first process of a sandbox"""
-    return sandbox_init(args.program)
+    return sandbox_init(args.program, ctl.umask)
 
 
 def sandbox_argv(script, command, root):
@@ -4972,11 +4977,13 @@ def own_command(script):
     python, folder = sys.executable or "python3", os.path.dirname(script)
     if os.path.basename(script) != "vpcctl.py":
         return [python, script]
-    return [python, "-ISc", "import sys; sys.path.insert(0, %r); import vpcctl; vpcctl.start()" % folder]
+    return [python, "-ISc", "import os, sys; u = os.umask(18); sys.path.insert(0, %r); import vpcctl; vpcctl.start(u)"
+            % folder]
 
 
-def enter_sandbox(script, command):
-    """Run `command` in a sandbox and wait; returns its exit code, raises Problem (4) if it cannot be had.
+def enter_sandbox(script, command, umask):
+    """Run `command` in a sandbox, with the user's umask, and wait; returns its exit code, raises Problem (4) if it
+    cannot be had.
 
     One end of a socket pair is here, the other with the sandbox's first process. It says there that the
     namespaces exist, carries signals in, and its closing ends the sandbox, however this process dies.
@@ -4990,10 +4997,14 @@ def enter_sandbox(script, command):
     ours, theirs = socket.socketpair()
     env = dict(os.environ, VPCCTL_SANDBOX_FD=str(theirs.fileno()))
     before = signal.pthread_sigmask(signal.SIG_BLOCK, wanted)
+
+    def as_typed():
+        """What the sandbox's first process gets from whoever typed the command."""
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        os.umask(umask)
     try:
-        child = subprocess.Popen(
-            sandbox_argv(script, command, os.geteuid() == 0), env=env, pass_fds=[theirs.fileno()],
-            preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_SETMASK, before))
+        child = subprocess.Popen(sandbox_argv(script, command, os.geteuid() == 0), env=env,
+                                 pass_fds=[theirs.fileno()], preexec_fn=as_typed)
         theirs.close()
         while child.poll() is None:
             info = signal.sigwaitinfo(wanted)
@@ -5063,7 +5074,7 @@ def sandbox_refused():
                    hint="run it with sudo; in a container, start that with --privileged", code=4)
 
 
-def sandbox_init(command):
+def sandbox_init(command, umask):
     """First process of the sandbox: set it up, run `command` (empty: a shell); returns the exit code."""
     import signal
     import socket
@@ -5081,6 +5092,7 @@ def sandbox_init(command):
     sys.stderr.flush()
     child = os.fork()
     if child == 0:
+        os.umask(umask)
         sandbox_exec(argv, before)
     return mind_sandbox(child, line, wanted)
 
@@ -5573,21 +5585,21 @@ def parse(words, parser=None):
 
 # ------------------------------------------------------------------------------------------------ main
 
-def main(words=None):
-    """Run one command line, and see that its output got out -> exit code."""
+def main(words=None, umask=UMASK):
+    """Run one command line, and see that its output got out -> exit code. `umask`: what the user's programs get."""
     try:
-        code = obey(sys.argv[1:] if words is None else words)
+        code = obey(sys.argv[1:] if words is None else words, umask)
     except SystemExit as end:                     # argparse, after --help and --version
         code = end.code or 0
     return code or hush()
 
 
-def obey(words):
+def obey(words, umask=UMASK):
     """Run one command line -> exit code."""
     try:
         options = parse(words)
         entry = COMMANDS[options.command]
-        ctl = Control(options)
+        ctl = Control(options, umask=umask)
         return dispatch(ctl, entry, options) or 0
     except Problem as problem:
         return complain(problem)
@@ -5682,12 +5694,13 @@ def open_streams():
                                             "replace", line_buffering=name == "stderr" or os.isatty(number)))
 
 
-def start():
-    """Be the command `vpcctl`; never returns."""
+def start(umask=None):
+    """Be the command `vpcctl`; never returns. `umask`: the user's, if it has been changed already."""
     import gc
     gc.disable()                                  # it looks through hundreds of records in vain: the process is short
+    ours = os.umask(UMASK)
     open_streams()
-    sys.exit(main())
+    sys.exit(main(umask=ours if umask is None else umask))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import termios
 import time
 import unittest
@@ -91,6 +92,35 @@ class Terminal:
 def on_terminal(*argv, **options):
     """Run vpcctl on a terminal -> (exit code, text)."""
     return Terminal([sys.executable, VPCCTL] + [str(word) for word in argv], **options).end()
+
+
+class UmaskTest(SandboxTest):
+
+    def test_it_does_not_matter(self):
+        copy = tempfile.mkdtemp(prefix="vpcctl-")
+        self.addCleanup(shutil.rmtree, copy)
+        os.chmod(copy, 0o755)
+        for number, mask in enumerate((0o000, 0o027, 0o077)):
+            script = os.path.join(copy, "%o" % mask, "vpcctl.py")
+            os.mkdir(os.path.dirname(script), 0o755)
+            shutil.copy(VPCCTL, script)
+            name, made = "vpc%d" % number, {"/run/vpcctl": 0o755, "/run/vpcctl/vpc%d/hosts" % number: 0o644,
+                                            os.path.dirname(script) + "/__pycache__": 0o755}
+            before = os.umask(mask)
+            try:
+                env = {"PYTHONDONTWRITEBYTECODE": None}
+                for line in ("create %s --cidr 10.2%d.0.0/16" % (name, number), "add-subnet %s web" % name,
+                             "deploy-app %s web --port 80" % name):
+                    self.assertEqual(run([script] + words(line), env=env).code, 0, line)
+                seen = run([script, "exec", name, "web", "--", "sh", "-c", "umask"], env=env).out
+            finally:
+                os.umask(before)
+            self.assertEqual(int(seen, 8), mask)          # the user's programs are the user's
+            self.assertIn("Hello", http_get(None, "10.2%d.0.2" % number))
+            self.assertIn("web.%s" % name, in_ns("ns-%s-web" % name, ["cat", "/etc/hosts"]).out)
+            self.assertEqual({path: os.stat(path).st_mode & 0o777 for path in made}, made)
+            vpcctl("delete", name)
+            self.assertFalse(os.path.exists("/run/vpcctl"))
 
 
 class ExecTest(SandboxTest):
