@@ -8,6 +8,34 @@ VPCCTL  := $(CURDIR)/vpcctl.py
 BINDIR   = $(DESTDIR)$(PREFIX)/bin
 COMPDIR  = $(DESTDIR)$(PREFIX)/share/bash-completion/completions
 MANDIR   = $(DESTDIR)$(PREFIX)/share/man/man8
+UNITDIR  = $(DESTDIR)/etc/systemd/system
+UNIT     = $(UNITDIR)/vpcctl.service
+WANTED   = $(UNITDIR)/multi-user.target.wants/vpcctl.service
+DATA     = $(or $(VPCCTL_DATA),$(CURDIR)/.vpcctl_data)
+
+# what systemd would read as a specifier, a variable or a quote
+quoted   = $(subst ",\",$(subst $$,$$$$,$(subst %,%%,$(subst \,\\,$(1)))))
+
+# The apps that `restore` starts stay when the unit is stopped or restarted: only vpcctl itself is its process.
+define SERVICE
+[Unit]
+Description=vpcctl: bring the VPCs back after a restart
+Wants=network-online.target
+After=network-online.target
+ConditionPathExistsGlob=$(subst %,%%,$(DATA))/vpc_*
+
+[Service]
+Type=oneshot
+RemainAfterExit=yes
+ExecStart="$(call quoted,$(VPCCTL))" --data-dir "$(call quoted,$(DATA))" --quiet restore
+ExecReload="$(call quoted,$(VPCCTL))" --data-dir "$(call quoted,$(DATA))" --quiet restore
+KillMode=process
+TimeoutStartSec=300
+
+[Install]
+WantedBy=multi-user.target
+endef
+export SERVICE
 
 # ip and iptables live in /usr/sbin, which an ordinary user may not have on PATH
 export PATH := $(PATH):/usr/sbin:/sbin
@@ -50,10 +78,18 @@ install: packages ## vpcctl on PATH (packages that are missing, then a symlink i
 	    file="$${pair#*|}"; text=$$($(PYTHON) "$(VPCCTL)" $${pair%%|*} 2>/dev/null) && [ -n "$$text" ] || continue; \
 	    mkdir -p "$$(dirname "$$file")" && printf '%s\n' "$$text" > "$$file"; done
 	@echo "Installed: $(BINDIR)/vpcctl -> $(VPCCTL)"
+	@if [ -n "$(DESTDIR)" ] || { [ "$$(id -u)" = 0 ] && [ -d /run/systemd/system ]; }; then \
+	    mkdir -p "$(UNITDIR)/multi-user.target.wants" && printf '%s\n' "$$SERVICE" > "$(UNIT)" && \
+	    ln -sfn ../vpcctl.service "$(WANTED)" || exit 1; \
+	    if [ -z "$(DESTDIR)" ]; then systemctl daemon-reload || exit 1; fi; \
+	    echo "Installed: $(UNIT): after a restart, the VPCs come back by themselves"; \
+	else echo "After a restart: sudo $(BINDIR)/vpcctl restore (add it to what runs at boot, such as /etc/rc.local)"; fi
 
 uninstall: ## take away what install made; VPCs and packages stay
 	@if [ -L "$(BINDIR)/vpcctl" ]; then rm -f "$(BINDIR)/vpcctl" || exit 1; echo "Removed $(BINDIR)/vpcctl"; fi
 	@rm -f "$(COMPDIR)/vpcctl" "$(MANDIR)/vpcctl.8"
+	@if [ -e "$(UNIT)" ]; then rm -f "$(UNIT)" "$(WANTED)" || exit 1; echo "Removed $(UNIT)"; \
+	    if [ -z "$(DESTDIR)" ] && [ -d /run/systemd/system ]; then systemctl daemon-reload || exit 1; fi; fi
 
 clean: ## remove what running leaves behind (never the records of live VPCs)
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || { \
