@@ -343,6 +343,39 @@ def missing_tool(tool):
                    % (PACKAGES.get(tool, tool), PACKAGES.get(tool, tool).split()[0]), 4)
 
 
+# Of a package: the program that tells its version, how it does, the oldest one that will do, and that one's number.
+# (Before 5.8 an iproute2 told the date of its release, as ss181023.)
+OLDEST = {"iproute2": ("ip", r"iproute2-([0-9s.]+)", "4.19", (0, 181023)),
+          "iptables": ("iptables", r"v([0-9.]+)", "1.6.2", (1, 6, 2))}
+NO_JSON = "this is no JSON that can be read: "
+# What a tool says of an option that it does not know, and what `ip` of before 4.17 prints in spite of `-j`.
+UNHEARD = re.compile("option|usage|" + NO_JSON, re.I)
+
+
+def too_old(failure):
+    """The Problem for a command that failed because its tool is too old, or None. Only then a tool is asked its age."""
+    argv = inner(failure.argv) if lane(failure.argv)[0] == "ns" else failure.argv
+    package = PACKAGES.get(argv[0], "").partition(" ")[0]
+    if package not in OLDEST or not UNHEARD.search(failure.said):
+        return None
+    tool, pattern, needed, least = OLDEST[package]
+    told = "".join(call([tool, "-V"])[1:])
+    found = re.search(pattern, told)
+    if found and tuple(int(part) for part in found.group(1).replace("ss", "0.").split(".") if part) >= least:
+        return None
+    version = found.group() if found else f"no {package}: {told.strip()[:80]}"
+    return Problem(f"`{tool}` is too old: it is {version}; vpcctl needs {package} {needed} or later",
+                   f"install a newer {package}", 4)
+
+
+def refusal(failure, hint=""):
+    """The Problem for a command that failed."""
+    old = too_old(failure)
+    if old:
+        old.hint += hint and "; " + hint
+    return old or Problem(f"`{shown(failure.argv)}` failed: {failure.said.strip() or 'no reason given'}", hint, 3)
+
+
 def enter_namespace(name):
     """Move the calling thread (only it) into a network namespace."""
     handle = os.open(os.path.join(NETNS_DIR, name), os.O_RDONLY)
@@ -428,6 +461,22 @@ def one_call(argv):
 
 
 def ip_batch(commands):
+    """Run commands of ip in as few processes as it can -> how many were done, error text.
+
+    A batch of ip 4.20 knows only the interfaces that were there when it began: from the line that names another, a new
+    one goes on. It ends, since each must have done something.
+    """
+    done, count, said = 0, 1, STRANGER
+    while STRANGER in said and count > 0:
+        count, said = one_ip_batch(commands[done:])
+        done = done + count if count != UNKNOWN else UNKNOWN
+    return done, said
+
+
+STRANGER = "Cannot find device"
+
+
+def one_ip_batch(commands):
     """Run commands of ip in one process -> how many were done, error text."""
     if len(commands) == 1:
         return one_call(commands[0])
@@ -462,7 +511,7 @@ def iptables_batch(commands):
         return len(commands), ""
     if code > 0 and TOO_LONG in said:
         return iptables_pieces(commands)
-    return (0 if code > 0 and tables == 1 else UNKNOWN), said
+    return (0 if code > 0 and (tables == 1 or UNHEARD.search(said)) else UNKNOWN), said
 
 
 PIECE, TOO_LONG = 200, "Message too long"
@@ -540,6 +589,37 @@ def _tee(path, text):
         handle.write(text)
 
 
+def rtnetlink(kind, flags, body):
+    """Send the kernel's routing side one message -> its answers, without their headers. OSError if it refuses."""
+    import socket
+    import struct
+    answers = []
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0) as kernel:
+        kernel.send(struct.pack("=IHHII", 16 + len(body), kind, flags, 1, 0) + body)
+        while True:
+            heard, at = kernel.recv(1 << 16), 0
+            while at < len(heard):
+                size, kind = struct.unpack_from("=IH", heard, at)
+                if kind in (2, 3):                # NLMSG_ERROR (0: it is done), NLMSG_DONE
+                    code = -struct.unpack_from("=i", heard, at + 16)[0]
+                    if code:
+                        raise OSError(code, os.strerror(code))
+                    return answers
+                answers.append(heard[at + 16:at + size])
+                at += size + 3 & ~3
+
+
+def attributes(message, at=0):
+    """The attributes of a netlink message: number -> content."""
+    import struct
+    found = {}
+    while at + 4 <= len(message):
+        size, number = struct.unpack_from("=HH", message, at)
+        found[number & 0x3fff] = message[at + 4:at + size]
+        at += size + 3 & ~3
+    return found
+
+
 def _neighbour(table, verb, target, *words):
     """What `ip neigh replace|del ADDRESS lladdr MAC dev DEVICE …` and `bridge fdb replace MAC dev DEVICE …` do: one
     message to the kernel. Both tools first read all links, twice 8 ms with 200 subnets."""
@@ -548,23 +628,56 @@ def _neighbour(table, verb, target, *words):
     named = dict(zip(words[::2], words[1::2]))
     if table == "neigh":
         family, state, flags = socket.AF_INET, 0x80, 0                        # NUD_PERMANENT
-        attributes = struct.pack("=HH4s", 8, 1, socket.inet_aton(target))     # NDA_DST
+        facts = struct.pack("=HH4s", 8, 1, socket.inet_aton(target))          # NDA_DST
     else:
-        family, state, flags, attributes = 7, 0x40, 0x04, b""                 # AF_BRIDGE, NUD_NOARP, NTF_MASTER
+        family, state, flags, facts = AF_BRIDGE, 0x40, 0x04, b""              # NUD_NOARP, NTF_MASTER
         named["lladdr"] = target
     if "lladdr" in named:
-        attributes += struct.pack("=HH6sxx", 10, 2, bytes.fromhex(named["lladdr"].replace(":", "")))     # NDA_LLADDR
-    body = struct.pack("=BxxxiHBB", family, socket.if_nametoindex(named["dev"]), state, flags, 0) + attributes
+        facts += struct.pack("=HH6sxx", 10, 2, bytes.fromhex(named["lladdr"].replace(":", "")))     # NDA_LLADDR
     kind, how = (28, 0x505) if verb == "replace" else (29, 0x005)             # RTM_NEWNEIGH, RTM_DELNEIGH
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0) as kernel:
-        kernel.send(struct.pack("=IHHII", 16 + len(body), kind, how, 1, 0) + body)
-        code = -struct.unpack_from("=i", kernel.recv(4096), 16)[0]
-    if code:
-        raise OSError(code, os.strerror(code), named["dev"])
+    number = socket.if_nametoindex(named["dev"])
+    rtnetlink(kind, how, struct.pack("=BxxxiHBB", family, number, state, flags, 0) + facts)
+
+
+AF_BRIDGE = 7
+# Switches of a bridge's port for which `ip` got its words only with 5.18: IFLA_BRPORT_….
+PORT_FLAGS = {"bcast_flood": 30, "locked": 39}
+
+
+def by_netlink(argv, said):
+    """A command for a port's switch that this `ip` does not know -> the same as a message to the kernel, or None."""
+    if "bridge_slave" in argv and argv[-2] in PORT_FLAGS and "unknown option" in said:
+        return ("netlink", "RTM_SETLINK", argv[3]) + argv[-2:]
+    return None
+
+
+def _set_port(_, port, flag, value):
+    """Switch a port's flag. A kernel that does not know it says nothing, so it is read back."""
+    import errno
+    import socket
+    import struct
+    setting = struct.pack("=HHHHBxxx", 12, 0x8000 | 12, 5, PORT_FLAGS[flag], value == "on")         # IFLA_PROTINFO
+    number = socket.if_nametoindex(port)
+    rtnetlink(19, 0x005, struct.pack("=BxHiII", AF_BRIDGE, 0, number, 0, 0) + setting)              # RTM_SETLINK
+    if port_flags()[port][flag] != (value == "on"):
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP), port)
+
+
+def port_flags():
+    """The switches of every bridge port: port -> {flag: True, False, or None if this kernel has no such flag}."""
+    import struct
+    found = {}
+    for answer in rtnetlink(18, 0x301, struct.pack("=BxHiII", AF_BRIDGE, 0, 0, 0, 0)):              # RTM_GETLINK, all
+        told = attributes(answer, 16)
+        name, port = told[3].rstrip(b"\0").decode("utf-8", "replace"), attributes(told.get(12, b""))
+        found[name] = {
+            flag: bool(port[number][0]) if number in port else None for flag, number in PORT_FLAGS.items()}
+    return found
 
 
 FILE_WORKS = {"sysctl": _write_sysctl, "tee": _tee, "mkdir": lambda *words: os.makedirs(words[-1], 0o755, exist_ok=True),
-              "ln": _symlink, "rm": _unlink, "rmdir": _rmdir, "ip": _neighbour, "bridge": _neighbour}
+              "ln": _symlink, "rm": _unlink, "rmdir": _rmdir, "ip": _neighbour, "bridge": _neighbour,
+              "netlink": _set_port}
 
 
 def run_lane(kind, commands):
@@ -691,8 +804,7 @@ class Executor:
                 raise
             left = self._roll_back(made, removes)
             if isinstance(trouble, Failure):
-                trouble = Problem("`%s` failed: %s" % (shown(trouble.argv), trouble.said.strip() or "no reason given"),
-                                  "what was done has been taken back" if not left else "", 3)
+                trouble = refusal(trouble, "what was done has been taken back" if not left else "")
             if left:
                 say_error("could not take back: " + "; ".join(left) + "; `vpcctl restore` repairs it")
                 trouble.half_done = True
@@ -720,11 +832,14 @@ class Executor:
         for pair in pairs:
             own = (pair[0].undo if pair[0] and pair[0].key[0] != "file" else ()) + pair[1].do
             commands.extend((pair, argv, position == len(own) - 1) for position, argv in enumerate(own))
-        position = 0
+        position = told = 0
         while position < len(commands):
             if not patient:
                 self.heed()
             end = self._end_of_lane(commands, position)
+            for pair, argv, _ in commands[max(position, told):end]:
+                self.echo(argv, pair[1].why)
+            told = end
             self.progress(position, len(commands))
             position = self._run_slice(commands, position, end, made)
         self.progress(0, 0)
@@ -753,8 +868,6 @@ class Executor:
 
     def _run_slice(self, commands, start, end, made):
         """Run one batch; returns where to go on. A failed optional step is noted and passed over."""
-        for pair, argv, _ in commands[start:end]:
-            self.echo(argv, pair[1].why)
         if self.dry_run:
             return end
         self._flush()
@@ -771,11 +884,20 @@ class Executor:
         if done == end - start:
             return end
         pair, argv, last = commands[start + done]
-        if not (pair[1].optional and INCAPABLE.search(said)):
+        other = by_netlink(argv, said)
+        if other:
+            if not self.quiet:
+                self.say(f"    {shown(other)}: this ip has no word for it")
+            other, said = run_lane("file", [other])
+        if other:
+            self.commands += 1
+            made.extend([pair] if last else [])
+        elif pair[1].optional and INCAPABLE.search(said):
+            self.lost.append((pair[1], said.strip()))
+        else:
             if not last:
                 made.append(pair)                 # begun, perhaps: taking back is tolerant of what is not there
             raise Failure(argv, said)
-        self.lost.append((pair[1], said.strip()))
         return start + done + 1
 
     def _run_namespaces(self, commands, made):
@@ -2095,6 +2217,8 @@ class Seen:
         fact = step.fact
         if fact[0] == "sysctl":
             return sysctl_value(fact[1]) == fact[2] or (bool(step.optional) and sysctl_value(fact[1]) is None)
+        if fact[0] == "port" and step.optional and fact[:3] + (None,) in self.facts:
+            return True                           # this kernel has no such flag
         if fact[0] in ("file", "symlink", "folder"):
             return file_holds(fact, any_content)
         if fact[0] == "rule" and any_content:
@@ -2143,12 +2267,29 @@ def is_our_link(path):
     return os.path.islink(path) and os.readlink(path).startswith(RUN_DIR + "/")
 
 
-def ask(*argv):
-    """Ask a tool that prints JSON -> what it said, as lists and dicts; an empty list if it said nothing."""
+def ask(*argv, has):
+    """Ask a tool that prints JSON -> its entries that are not empty, each of which has the key `has`. Failure if the
+    tool failed, or printed something else."""
     code, out, said = call(list(argv))
     if code and not out:
         raise Failure(argv, said)
-    return [entry for entry in json.loads(out or "[]") if entry]
+    # Before 5.0, ip told a route's type without a key, which is no JSON, and what a routing rule does by another key.
+    fixed = re.sub(r'\{"(\w+)",', r'{"type":"\1",', out.replace('"to_tbl":', '"action":'))
+    try:
+        return [entry for entry in json.loads(fixed or "[]") if entry and entry[has] is not None]
+    except (ValueError, TypeError, LookupError, RecursionError):
+        raise Failure(argv, NO_JSON + out[:80]) from None
+
+
+def ask_links():
+    """Every interface in detail. What this `ip` does not say of a bridge's port is asked of the kernel."""
+    links = ask("ip", "-j", "-d", "link", "show", has="ifname")
+    ports = {link["ifname"]: link["linkinfo"]["info_slave_data"] for link in links
+             if link.get("linkinfo", {}).get("info_slave_kind") == "bridge"}
+    if any(flag not in port for port in ports.values() for flag in PORT_FLAGS):
+        for name, flags in port_flags().items():
+            ports.get(name, {}).update(flags)
+    return links
 
 
 def observe(world, inside_too=True, adopt=()):
@@ -2168,7 +2309,7 @@ def observe(world, inside_too=True, adopt=()):
 def see_links(seen, adopt):
     """Interfaces, bridge ports and namespaces -> the names of namespaces that are ours."""
     spaces, by_id = set(), {}
-    for entry in ask("ip", "-j", "netns", "list"):
+    for entry in ask("ip", "-j", "netns", "list", has="name"):
         name, number = entry.get("name", ""), entry.get("id")
         by_id[number] = name
         fact = ("ns", name)
@@ -2183,9 +2324,9 @@ def see_links(seen, adopt):
             spaces.add(name)
         else:
             seen.foreign.add(fact)
-    for link in ask("ip", "-j", "-d", "link", "show"):
+    for link in ask_links():
         see_link(seen, link, adopt, by_id)
-    for entry in ask("bridge", "-j", "fdb", "show"):
+    for entry in ask("bridge", "-j", "fdb", "show", has="mac"):
         if entry.get("state") == "static" and "master" in entry:
             seen.facts.add(("fdb", entry["ifname"], entry["mac"]))
     return spaces
@@ -2230,16 +2371,16 @@ def see_link(seen, link, adopt, by_id):
 
 def see_addresses(seen):
     """Addresses of interfaces and permanent neighbours."""
-    for link in ask("ip", "-j", "-4", "addr", "show"):
+    for link in ask("ip", "-j", "-4", "addr", "show", has="ifname"):
         for address in link.get("addr_info", ()):
             seen.facts.add(("address", link["ifname"], "%s/%s" % (address.get("local"), address.get("prefixlen"))))
-    for entry in ask("ip", "-j", "neigh", "show", "nud", "permanent"):
+    for entry in ask("ip", "-j", "neigh", "show", "nud", "permanent", has="dst"):
         seen.facts.add(("neighbour", entry["dev"], entry["dst"], entry.get("lladdr")))
 
 
 def see_routes(seen):
     """Routing rules and routes that carry our protocol number."""
-    for entry in ask("ip", "-j", "-4", "rule", "show"):
+    for entry in ask("ip", "-j", "-4", "rule", "show", has="priority"):
         if str(entry.get("protocol")) != PROTOCOL:
             continue
         source = entry.get("src", "all")
@@ -2252,7 +2393,7 @@ def see_routes(seen):
         step = lookup_step(str(entry["priority"]), entry.get("iif", "").split(" ")[0], action, "", selector)
         seen.facts.add(step.fact)
         seen.owned[step.fact] = bridge_owner(seen, step.fact[2]), step
-    for entry in ask("ip", "-j", "-4", "route", "show", "table", "all", "proto", PROTOCOL):
+    for entry in ask("ip", "-j", "-4", "route", "show", "table", "all", "proto", PROTOCOL, has="dst"):
         kind = entry.get("type", "")
         table, block = str(entry.get("table", "main")), entry["dst"]
         block = block if "/" in block or block == "default" else block + "/32"
@@ -2376,12 +2517,12 @@ def policy_meaning(rules):
 def look_inside(space):
     """Called in a namespace -> (its facts, its rules: [(words, is it ours)])."""
     facts = set()
-    for link in ask("ip", "-j", "-4", "addr", "show"):
+    for link in ask("ip", "-j", "-4", "addr", "show", has="ifname"):
         if "UP" in link.get("flags", ()):
             facts.add(("inside", space, "up", link["ifname"]))
         for address in link.get("addr_info", ()):
             facts.add(("inside", space, "address", link["ifname"], "%s/%s" % (address["local"], address["prefixlen"])))
-    for route in ask("ip", "-j", "-4", "route", "show"):
+    for route in ask("ip", "-j", "-4", "route", "show", has="dst"):
         facts.add(("inside", space, "route", route["dst"], route.get("gateway")))
     for key, _, _ in NS_SYSCTLS:
         facts.add(("inside", space, "sysctl", key, sysctl_value(key)))
@@ -2492,7 +2633,7 @@ def free_on_host(ctl, block, world):
     chains = set()
     if not ctl.dry_run:
         ours = {vpc["bridge"] for vpc in world.values()}
-        for route in ask("ip", "-j", "-4", "route", "show", "table", "all"):
+        for route in ask("ip", "-j", "-4", "route", "show", "table", "all", has="dst"):
             table = str(route.get("table", "main"))
             tables.add(int(table) if table.isdigit() else 0)
             target = route.get("dst", "default")
@@ -4173,13 +4314,14 @@ def look_for_drift(ctl):
                      for app in world[name]["apps"] if not is_alive(app)]
     findings += [("", "in no record", describe(step)) for step in orphans(ctl, seen)]
     findings += [("", "cannot look into", "%s: %s" % pair) for pair in seen.broken.items()]
-    return findings, capability_notes(world)
+    return findings, capability_notes(world, seen)
 
 
-def capability_notes(world):
+def capability_notes(world, seen):
     """What this kernel cannot do, and what that means."""
     notes = []
-    unlocked = sorted(name for name, vpc in world.items() if vpc.get("unlocked"))
+    unlocked = sorted(name for name, vpc in world.items() if vpc.get("unlocked") or any(
+        ("port", subnet["veth"] + "-b", "locked", None) in seen.facts for subnet in vpc["subnets"]))
     if unlocked:
         notes.append("this kernel cannot lock bridge ports (Linux 5.18 can): a workload of %s could send with a sibling's "
                      "address and hardware address" % ", ".join(unlocked))
@@ -5149,15 +5291,22 @@ def mind_sandbox(child, line, wanted):
         signo, sent = info.si_signo, info.si_code <= 0
 
 
-def sandbox_step(*argv, **options):
-    """Run a set-up command; raise Problem (4) with its own words if it fails."""
-    import subprocess
-    done = subprocess.run(argv, input=options.get("input", "").encode(), stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT)
-    if done.returncode:
-        raise Problem("the sandbox cannot be set up: `%s` failed: %s"
-                      % (" ".join(argv), done.stdout.decode(errors="replace").strip()),
-                      hint="run it with sudo; in a container, start that with --privileged", code=4)
+def sandbox_step(*argv):
+    """Run a set-up command; Problem (4) with its own words if it fails."""
+    sandbox_steps([argv])
+
+
+def sandbox_ip(*lines):
+    """Switch loopback on, and run set-up commands of ip."""
+    sandbox_steps([tuple(line.split()) for line in ("ip link set lo up",) + lines])
+
+
+def sandbox_steps(commands):
+    """Run one set-up command, or several of ip."""
+    done, said = ip_batch(commands)
+    if done < len(commands):
+        raise Problem(f"the sandbox cannot be set up: `{shown(commands[max(done, 0)])}` failed: {said.strip()}",
+                      "run it with sudo; in a container, start that with --privileged", 4)
 
 
 def sandbox_mounts():
@@ -5225,9 +5374,8 @@ def sandbox_internet(mask):
             os._exit(1)
     os.close(here[1])
     if os.read(here[0], 1):
-        sandbox_step("ip", "-batch", "-", input=(
-            "link set lo up\nlink add eth0 type veth peer name eth0 netns %d\n" % pid
-            + sandbox_uplink("192.0.2.2/24") + "route add default via 192.0.2.1\n"))
+        sandbox_ip(f"ip link add eth0 type veth peer name eth0 netns {pid}", *sandbox_uplink("192.0.2.2/24"),
+                   "ip route add default via 192.0.2.1")
         os.write(there[1], b"+")
     for end in (there[0], there[1]):
         os.close(end)
@@ -5239,9 +5387,9 @@ def sandbox_internet(mask):
 
 
 def sandbox_uplink(address):
-    """Return the `ip` lines that give eth0 its address; no IPv6 one appears by itself some seconds later."""
-    quiet = "link set dev eth0 addrgenmode none\n" if os.path.exists("/proc/sys/net/ipv6/conf/lo") else ""
-    return quiet + "address add %s dev eth0\nlink set dev eth0 up\n" % address
+    """The commands that give eth0 its address; no IPv6 one appears by itself some seconds later."""
+    quiet = ["ip link set dev eth0 addrgenmode none"] if os.path.exists("/proc/sys/net/ipv6/conf/lo") else []
+    return quiet + [f"ip address add {address} dev eth0", "ip link set dev eth0 up"]
 
 
 def new_network_namespace():
@@ -5260,8 +5408,7 @@ def serve_internet(ready):
     """
     import socket
     import threading
-    sandbox_step("ip", "-batch", "-", input=(
-        "link set lo up\naddress add 203.0.113.1/32 dev lo\n" + sandbox_uplink("192.0.2.1/24")))
+    sandbox_ip("ip address add 203.0.113.1/32 dev lo", *sandbox_uplink("192.0.2.1/24"))
     server = socket.socket()
     server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     server.bind(("0.0.0.0", 80))
@@ -5604,7 +5751,7 @@ def obey(words, umask=UMASK):
     except Problem as problem:
         return complain(problem)
     except Failure as failure:
-        return complain(Problem("`%s` failed: %s" % (shown(failure.argv), failure.said.strip()), "", 3))
+        return complain(refusal(failure))
     except Interrupted as stop:
         say_error("stopped by signal %d; %s" % (stop.args[0], "the change had been finished" if len(stop.args) > 1
                                                 else "nothing is left half done"))

@@ -15,7 +15,7 @@ import tempfile
 import time
 
 from injection import Injector, load_vpcctl, state
-from support import (VPCCTL, SandboxTest, assert_same, in_ns, record, run, snapshot, vpcctl, wait_until)
+from support import (VPCCTL, SandboxTest, assert_same, in_ns, port_command, record, run, snapshot, vpcctl, wait_until)
 from sweep import ALL, APP, BLOG, NAT, PEER, PUBLISH, SCENARIOS, SHOP, TWO, Sweep, missing_scenarios, sample
 
 POINTS = 7        # per scenario
@@ -99,6 +99,8 @@ def tamper(fact):
         return None                               # the one cannot be taken off; the other has a test of its own
     if kind == "sysctl":
         return [["sysctl", "-qw", "%s=%d" % (fact[1], 1 - int(fact[2]))]]
+    if kind == "port" and fact[2] != "isolated":
+        return [port_command(fact[1], fact[2], "off" if fact[3] else "on")]
     if kind == "port":
         return [["ip", "link", "set", fact[1], "type", "bridge_slave", fact[2], "off" if fact[3] else "on"]]
     if kind == "chain":

@@ -7,8 +7,8 @@ import unittest
 
 from packets import (BROADCAST, ICMP, Ear, Probe, arp, check, checksum, counter, datagram, echoing, ether, ipv4, mac_of,
                      neighbour_net, send_frames, settle, switch, switch_in, ways)
-from support import (INTERNET, SandboxTest, assert_same, entered, internet_pid, record, run, snapshot, socket_in,
-                     subnet, vpcctl)
+from support import (INTERNET, SandboxTest, assert_same, entered, internet_pid, port_command, record, run, snapshot,
+                     socket_in, subnet, vpcctl)
 
 NF = "net/bridge/bridge-nf-call-iptables"
 
@@ -439,18 +439,18 @@ class ForgeryTest(World):
                    ("sysctl -qw net.ipv4.conf.br-blue.arp_ignore=0", "br-blue.arp_ignore"),
                    ("sysctl -qw net.ipv6.conf.br-blue.disable_ipv6=0", "br-blue.disable_ipv6"),
                    ("sysctl -qw net.ipv4.conf.side10.forwarding=1", "side10.forwarding"),
-                   ("ip link set pv-blue-red-a type bridge_slave bcast_flood on", "pv-blue-red-a: bcast_flood"),
+                   (port_command("pv-blue-red-a", "bcast_flood", "on"), "pv-blue-red-a: bcast_flood"),
                    ("iptables -D vpc-src-blue -s 10.1.2.0/24 -m mac --mac-source %s -m comment --comment vpcctl:blue "
                     "-j RETURN" % subnet("blue", "b2")["mac"], "vpc-src-blue 1 -s 10.1.2.0/24"),
                    ("ip route del unreachable 10.3.0.0/16 table 7000", "table 7000: 10.3.0.0/16"),
                    ("ip netns exec ns-blue-b2 sysctl -qw net.ipv4.conf.all.accept_redirects=1", "accept_redirects"),
                    ("ip netns exec ns-blue-b2 iptables -F INPUT", "ns-blue-b2: policy")]
         if not record("blue").get("unlocked"):
-            changes.append(("ip link set %s type bridge_slave locked off" % port, "port %s: locked" % port))
+            changes.append((port_command(port, "locked", "off"), "port %s: locked" % port))
         if not os.path.exists("/proc/sys/net/ipv6"):
             changes = [item for item in changes if "ipv6" not in item[0]]
         for do, _ in changes:
-            settle(*do.split())
+            settle(*(do.split() if isinstance(do, str) else do))
         found = vpcctl("verify", code=1).out
         for do, text in changes:
             with self.subTest(do):

@@ -97,6 +97,12 @@ def wait_until(predicate, seconds, what):
         time.sleep(0.02)
 
 
+def port_command(port, flag, value):
+    """Return a command that sets a switch of a bridge's port; `ip` has words for these two only since 5.18."""
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import vpcctl; vpcctl._set_port(None, *sys.argv[2:])"
+    return [sys.executable, "-c", code, os.path.dirname(VPCCTL), port, flag, value]
+
+
 # ---- sockets in a namespace: a socket stays in the namespace in which it was made ----
 
 def _setns(fd):
