@@ -667,7 +667,7 @@ class PolicyTest(TextTest):
         for changed, text, hint in (
                 ({"action": "Allow"}, 'action is "Allow"', "allow or deny"),
                 ({"action": None}, "action is null", ""),
-                ({"protocol": "TCP"}, 'protocol is "TCP"', "tcp, udp or icmp"),
+                ({"protocol": "TCP"}, 'protocol is "TCP"', "tcp, udp, icmp or all"),
                 ({"protocol": "sctp"}, 'protocol is "sctp"', ""),
                 ({"protocol": "icmp"}, "icmp has no port", ""),
                 ({"port": 0}, "port is 0", "1 to 65535"),
@@ -789,11 +789,15 @@ class RecordTest(TextTest):
         for key in self.full():
             record = self.full()
             del record[key]
-            if key in ("nat", "forward"):
+            if key == "nat":
                 tool.check_record(record, "blog")
             else:
                 with self.assertRaises(ValueError, msg=key):
                     tool.check_record(record, "blog")
+        record = self.full()
+        record["nat"], record["published"] = None, []
+        del record["forward"]
+        tool.check_record(record, "blog")
         for whole in ([], None, 5, "x", {}):
             with self.assertRaises(ValueError):
                 tool.check_record(whole, "blog")
