@@ -175,7 +175,7 @@ def rule_key(tokens):
 _OCTET = r"(?:25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])"
 _ADDRESS = _OCTET + (r"\." + _OCTET) * 3
 _BLOCK = _ADDRESS + r"/(?:3[0-2]|[12]?[0-9])"
-_PORTS = r"([1-9][0-9]{0,4})-([1-9][0-9]{0,4})"
+_PORTS = r"[1-9][0-9]{0,4}-[1-9][0-9]{0,4}"
 
 
 @lru_cache(None)
@@ -193,21 +193,22 @@ def told(value):
     return text if len(text) <= 80 else text[:80] + "…"
 
 
+@lru_cache(4096)
 def address_number(text):
     """An IPv4 address -> its number; Problem otherwise."""
-    if not isinstance(text, str) or not whole(_ADDRESS)(text):
-        raise Problem(f"'{str(text)[:80]}' is not an IPv4 address", "write it like 10.20.1.1, without leading zeros")
+    if not whole(_ADDRESS)(text):
+        raise Problem(f"'{text:.80}' is not an IPv4 address", "write it like 10.20.1.1, without leading zeros")
     first, second, third, fourth = map(int, text.split("."))
     return first << 24 | second << 16 | third << 8 | fourth
 
 
+@lru_cache(4096)
 def bounds(block):
     """An IPv4 block without host bits -> its first and last address as numbers; Problem otherwise. (A record may hold
     hundreds of blocks, and ipaddress takes ten times as long for each.)"""
-    if not isinstance(block, str) or not whole(_BLOCK)(block):
-        alone = isinstance(block, str) and whole(_ADDRESS)(block)
-        raise Problem(f"'{str(block)[:80]}' is not an IPv4 block", "write it like 10.20.0.0/16, without leading zeros"
-                      + (f"; this address alone is {block}/32" if alone else ""))
+    if not whole(_BLOCK)(block):
+        alone = f"; this address alone is {block}/32" if whole(_ADDRESS)(block) else ""
+        raise Problem(f"'{block:.80}' is not an IPv4 block", "write it like 10.20.0.0/16, without leading zeros" + alone)
     address, _, length = block.partition("/")
     number, size = address_number(address), 1 << 32 - int(length)
     if number % size:
@@ -229,6 +230,7 @@ def dotted(number):
     return ".".join(str(number >> shift & 255) for shift in (24, 16, 8, 0))
 
 
+@lru_cache(4096)
 def block_text(block):
     """A block, written from its numbers."""
     first, last = bounds(block)
@@ -237,8 +239,9 @@ def block_text(block):
 
 def ports(value):
     """The ports that a rule names, a number or a text like "8000-8100" -> (lowest, highest); Problem otherwise."""
-    found = isinstance(value, str) and whole(_PORTS)(value)
-    low, high = map(int, found.groups()) if found else (value, value)
+    low = high = value
+    if isinstance(value, str) and whole(_PORTS)(value):
+        low, high = map(int, value.split("-"))
     if isinstance(low, bool) or not isinstance(low, int) or not 1 <= low <= high <= 65535:
         raise Problem(f"port is {told(value)}", 'a number from 1 to 65535, or "8000-8100"')
     return low, high
@@ -1091,8 +1094,8 @@ _LABEL = r"[A-Za-z0-9][A-Za-z0-9_-]{0,79}"
 _NAME = r"[A-Za-z0-9][A-Za-z0-9_-]{0,31}"
 _MAC = r"[0-9a-f]{2}(?::[0-9a-f]{2}){5}"
 _PORT = (1, 65535)
-# What a record may hold: a pattern, a range of numbers, a type, what a function does not refuse, a list of one kind, or
-# keys (with "?" = may be absent).
+# What a record may hold: a pattern, a range of numbers, a type, a text that a function does not refuse, a list of one
+# kind, or keys (with "?" = may be absent).
 RECORD_SHAPE = {
     "format": (1, 1), "name": _NAME, "cidr": bounds, "bridge": _DEVICE, "chain": r"[A-Za-z0-9_-]{1,28}",
     "chain_in": r"[A-Za-z0-9_-]{1,28}", "chain_src": r"[A-Za-z0-9_-]{1,28}", "table": (FIRST_TABLE, 1 << 31),
@@ -1121,17 +1124,19 @@ def check_shape(value, shape, place="the record"):
     elif isinstance(shape, list):
         if not isinstance(value, list):
             raise ValueError("%s is %.60r" % (place, value))
+        if isinstance(shape[0], type) and all(isinstance(item, shape[0]) for item in value):
+            return                                # thousands of words of rules
         for number, item in enumerate(value):
             check_shape(item, shape[0], "%s[%d]" % (place, number))
     elif isinstance(shape, dict):
         _check_keys(value, shape, place)
+    elif not isinstance(value, shape if isinstance(shape, type) else str):
+        raise ValueError("%s is %.60r" % (place, value))
     elif not isinstance(shape, type):
         try:
             shape(value)
         except Problem as problem:
             raise ValueError(f"{place}: {problem}") from None
-    elif not isinstance(value, shape):
-        raise ValueError("%s is %.60r" % (place, value))
 
 
 def _check_keys(value, shape, place):
@@ -2225,9 +2230,9 @@ def judgements(policy, direction, chain, end, names):
                 if rule["protocol"] != "all":
                     words += "-p", rule["protocol"]
                 if "port" in rule:
-                    span = sorted(set(ports(rule["port"])))
-                    words += end, ":".join(map(str, span))
-                    label = "-".join(map(str, span))
+                    low, high = ports(rule["port"])
+                    label = f"{low}-{high}" if low < high else str(low)
+                    words += end, label.replace("-", ":")
                 found.append((words, target, f"{action}-{label}"))
     return found
 
@@ -3502,15 +3507,16 @@ def check_rule(rule, direction, place):
         raise Problem("%s: protocol is %s" % (place, told(rule.get("protocol"))), "tcp, udp, icmp or all")
     if "port" in rule and rule["protocol"] not in ("tcp", "udp"):
         raise Problem(f"{place}: {rule['protocol']} has no port")
-    with placed(place):
+    peer = rule.get(side, "any")
+    if not isinstance(peer, str) or not (is_block(peer) or NAME.match(peer)):
+        raise Problem(f"{place}: {side} is {told(peer)}", "a block or a subnet of this VPC")
+    try:
         if "port" in rule:
             ports(rule["port"])
-        peer = rule.get(side, "")
-        if side in rule and not (isinstance(peer, str) and (is_block(peer) or NAME.match(peer))):
-            raise Problem(f"{side} is {told(peer)}", "a block or a subnet of this VPC")
         if is_block(peer):
-            with placed(side):
-                bounds(peer)
+            bounds(peer)
+    except Problem as problem:
+        raise Problem(f"{place}: {problem}", problem.hint) from None
 
 
 def is_block(peer):

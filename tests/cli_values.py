@@ -170,7 +170,7 @@ class GeneratedTest(CliTest):
     def plain(self, what, text):
         """No number in a plan is written in a way that tools read differently. (An interface may have any name, a program
         any words.)"""
-        text = re.sub(r">>> .* &\n|(?: -[io]| iif| dev) \S+", "", text)
+        text = re.sub(r">>> (?:.* &|printf .*)\n|(?: -[io]| iif| dev) \S+", "", text)
         for token in re.findall(r"(?<![\w:.-])[0-9][0-9./:]*(?![\w:.-])", text):
             self.assertIsNone(re.search(r"(?:^|[./:])0[0-9]", token), f"{what}\n{token}")
         self.assertFalse(re.search(r"[^\x0a\x20-\x7e]", text), f"{what}\n{text!r}")
@@ -275,7 +275,7 @@ class CanonicalTest(TextTest):
             self.assertEqual(tool.network_type(good), good)
         for bad in ("10.0.0.0/010", "10.0.0.0/08", "010.0.0.0/8", "10.0.0.00/8", "10.0.0.0/8 ", " 10.0.0.0/8", "10.0.0.0/+8",
                     "10.0.0.0/8\n", "1_0.0.0.0/8", "\u0661\u0660.0.0.0/8", "10.0.0.0/\u0668", "10.1.2.3", "10.0.0.0/255.0.0.0", "", "/",
-                    "10.0.0.1/8", 5, None, True, ["10.0.0.0/8"]):
+                    "10.0.0.1/8"):
             for call in (tool.bounds, tool.block_text):
                 with self.assertRaises(tool.Problem, msg=repr(bad)):
                     call(bad)
