@@ -1167,9 +1167,8 @@ def check_record(record, name):
             for key in ("gw", "host_ip"):
                 if not low < address_number(subnet[key]) < high:
                     raise ValueError(f"subnet {subnet['name']}: {key} is not in {subnet['cidr']}: {subnet[key]}")
-            if subnet["policy"] != DEFAULT_POLICY:
-                check_policy(subnet["policy"], "subnet %s" % subnet["name"])
-                policy_names(subnet, record)
+            check_policy(subnet["policy"], "subnet %s" % subnet["name"])
+            policy_names(subnet, record)
     except Problem as problem:
         raise ValueError(str(problem)) from None
     known = {subnet["name"]: subnet["ns"] for subnet in record["subnets"]}

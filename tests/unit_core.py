@@ -773,6 +773,8 @@ class RecordTest(TextTest):
                 ("subnets.0.ns", "../../x"), ("subnets.0.ns", "-n"), ("subnets.0.cidr", "10.99.0.0/24"),
                 ("subnets.0.gw", "x"), ("subnets.0.policy", []), ("subnets.0.policy", {"ingress": [{"action": "x"}]}),
                 ("subnets.0.policy", {"ingress": [{"protocol": "tcp", "action": "deny", "from": "nobody"}]}),
+                # equal to the default policy, for Python
+                ("subnets.0.policy.ingress.0.port", 80.0), ("subnets.0.cidr", "10.20.1.0/024"), ("peers.0.allowed", ["10.20.1.9/24"]),
                 ("subnets.0.extra", 1), ("apps.0.pid", -1), ("apps.0.pid", "1"), ("apps.0.port", 0),
                 ("apps.0.log", "../../etc/passwd"), ("apps.0.cmd", "reboot"), ("apps.0.subnet", "nobody"),
                 ("peers.0.side", "c"), ("peers.0.allowed", ["x"]), ("peers.0.peer_vpc", "../x"),
