@@ -45,6 +45,7 @@ NOBODY = 65534
 UMASK = 0o022                     # others read what we make (apps, `list` without root), and nobody else writes
 LOCK_WAIT, APP_WAIT, STOP_WAIT, LOG_LIMIT, PROBE_SIZE = 60.0, 10.0, 5.0, 1 << 20, 1 << 16
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,31}\Z")
+PROTOCOLS = ("tcp", "udp", "icmp", "all")     # of a policy's rules; of all others but these three, rules cannot speak
 DEFAULT_POLICY = {"ingress": [{"port": 80, "protocol": "tcp", "action": "allow"},
                               {"port": 443, "protocol": "tcp", "action": "allow"},
                               {"port": 22, "protocol": "tcp", "action": "deny"}],
@@ -168,37 +169,93 @@ def rule_key(tokens):
     return tuple(sorted(pairs))
 
 
+# A value is written in one way, or refused: where Python reads 010 as ten, iptables reads eight, and where Python's
+# int() takes " 80", "8_0" and Arabic digits, iptables takes none. What a user wrote becomes a number here, at the
+# border (command line, policies, topologies, records), and rules are made from the number.
+_OCTET = r"(?:25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])"
+_ADDRESS = _OCTET + (r"\." + _OCTET) * 3
+_BLOCK = _ADDRESS + r"/(?:3[0-2]|[12]?[0-9])"
+_PORTS = r"[1-9][0-9]{0,4}-[1-9][0-9]{0,4}"
+
+
+@lru_cache(None)
+def whole(pattern):
+    """A function that tells whether a text is, as a whole, what a pattern says."""
+    return re.compile(f"(?:{pattern})\\Z").match
+
+
+def told(value):
+    """A value that is refused, as JSON has it, cut to what fits on a line."""
+    try:
+        text = json.dumps(value)
+    except RecursionError:
+        return "nested too deeply"
+    return text if len(text) <= 80 else text[:80] + "…"
+
+
+@lru_cache(4096)
+def address_number(text):
+    """An IPv4 address -> its number; Problem otherwise."""
+    if not whole(_ADDRESS)(text):
+        raise Problem(f"'{text:.80}' is not an IPv4 address", "write it like 10.20.1.1, without leading zeros")
+    first, second, third, fourth = map(int, text.split("."))
+    return first << 24 | second << 16 | third << 8 | fourth
+
+
+@lru_cache(4096)
+def bounds(block):
+    """An IPv4 block without host bits -> its first and last address as numbers; Problem otherwise. (A record may hold
+    hundreds of blocks, and ipaddress takes ten times as long for each.)"""
+    if not whole(_BLOCK)(block):
+        alone = f"; this address alone is {block}/32" if whole(_ADDRESS)(block) else ""
+        raise Problem(f"'{block:.80}' is not an IPv4 block", "write it like 10.20.0.0/16, without leading zeros" + alone)
+    address, _, length = block.partition("/")
+    number, size = address_number(address), 1 << 32 - int(length)
+    if number % size:
+        raise Problem(f"'{block}' has host bits set",
+                      f"the block that holds it is {dotted(number - number % size)}/{length}")
+    return number, number + size - 1
+
+
 @lru_cache(4096)
 def as_network(text):
     """An IPv4 block without host bits -> ipaddress.IPv4Network; Problem otherwise."""
     import ipaddress
-    if not re.match(r"[0-9.]+/[0-9]+\Z", text):
-        raise Problem("'%s' is not an IPv4 block" % text, "write it like 10.20.0.0/16")
-    try:
-        return ipaddress.IPv4Network(text)
-    except ValueError as error:
-        try:
-            fixed = ipaddress.IPv4Network(text, strict=False)
-        except ValueError:
-            raise Problem("'%s' is not an IPv4 block: %s" % (text, error), "write it like 10.20.0.0/16") from None
-        raise Problem("'%s' has host bits set" % text, "the block that holds it is %s" % fixed) from None
-
-
-def bounds(block):
-    """A block's first and last address as numbers; ValueError if it is none. (A record may hold hundreds of blocks,
-    and ipaddress takes ten times as long for each.)"""
-    address, _, length = block.partition("/")
-    parts = [int(part) for part in address.split(".")]
-    size = 1 << 32 - int(length)
-    first = parts[0] << 24 | parts[1] << 16 | parts[2] << 8 | parts[3]
-    if max(parts) > 255 or first % size or ".".join(map(str, parts)) != address:
-        raise ValueError("'%s' is not a block" % block)
-    return first, first + size - 1
+    bounds(text)
+    return ipaddress.IPv4Network(text)
 
 
 def dotted(number):
     """An address from its number."""
     return ".".join(str(number >> shift & 255) for shift in (24, 16, 8, 0))
+
+
+@lru_cache(4096)
+def block_text(block):
+    """A block, written from its numbers."""
+    first, last = bounds(block)
+    return f"{dotted(first)}/{32 - (last - first).bit_length()}"
+
+
+def ports(value):
+    """The ports that a rule names, a number or a text like "8000-8100" -> (lowest, highest); Problem otherwise."""
+    low = high = value
+    if isinstance(value, str) and whole(_PORTS)(value):
+        low, high = map(int, value.split("-"))
+    if isinstance(low, bool) or not isinstance(low, int) or not 1 <= low <= high <= 65535:
+        raise Problem(f"port is {told(value)}", 'a number from 1 to 65535, or "8000-8100"')
+    return low, high
+
+
+# What moves a terminal's cursor, changes what it does, turns the direction of writing, or is half a character.
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+# Begins a colour of our own in a line that is to be printed. Nobody can guess it, so no other text can hold it.
+_PAINT = "\ufdd0" + os.urandom(8).hex()
+
+
+def spelled(text):
+    """A text as one line for people: what a terminal would obey rather than show is spelled out."""
+    return _UNPRINTABLE.sub(lambda found: ascii(found.group())[1:-1], str(text)).replace(_PAINT, "\033[")
 
 
 def inside(inner, outer):
@@ -215,16 +272,21 @@ def name_type(text):
 
 
 def network_type(text):
-    """argparse type: an IPv4 block, kept as text."""
+    """argparse type: an IPv4 block."""
+    return _checked(block_text, text)
+
+
+def _checked(check, text):
+    """What check(text) returns; a Problem becomes argparse's kind of error."""
     try:
-        return str(as_network(text))
+        return check(text)
     except Problem as problem:
-        raise argparse.ArgumentTypeError("%s; %s" % (problem, problem.hint)) from None
+        raise argparse.ArgumentTypeError(f"{problem}; {problem.hint}") from None
 
 
 def networks_type(text):
     """argparse type: comma-separated IPv4 blocks."""
-    blocks = [network_type(part.strip()) for part in text.split(",") if part.strip()]
+    blocks = [network_type(part.strip(" ")) for part in text.split(",") if part.strip(" ")]
     if not blocks:
         raise argparse.ArgumentTypeError("no block given; write them like 10.10.1.0/24,10.20.1.0/24")
     return sorted(set(blocks), key=blocks.index)
@@ -232,16 +294,12 @@ def networks_type(text):
 
 def address_type(text):
     """argparse type: an IPv4 address."""
-    import ipaddress
-    try:
-        return str(ipaddress.IPv4Address(text))
-    except ValueError:
-        raise argparse.ArgumentTypeError("'%s' is not an IPv4 address; write it like 10.20.1.1" % text) from None
+    return dotted(_checked(address_number, text))
 
 
 def port_type(text):
     """argparse type: a port, 1 to 65535."""
-    if not re.match(r"[0-9]{1,5}\Z", text) or not 1 <= int(text) <= 65535:
+    if not whole(r"[1-9][0-9]{0,4}")(text) or int(text) > 65535:
         raise argparse.ArgumentTypeError("'%s' is not a port: a number from 1 to 65535" % text)
     return int(text)
 
@@ -255,7 +313,7 @@ def interface_type(text):
 
 def names_type(text):
     """argparse type: comma-separated names."""
-    names = [name_type(part.strip()) for part in text.split(",") if part.strip()]
+    names = [name_type(part.strip(" ")) for part in text.split(",") if part.strip(" ")]
     if not names:
         raise argparse.ArgumentTypeError("no name given; write them like web,db")
     return names
@@ -263,8 +321,25 @@ def names_type(text):
 
 def publish_type(text):
     """argparse type: HOSTPORT[:PORT] -> (host port, port)."""
-    outer, _, inner = text.partition(":")
-    return port_type(outer), port_type(inner or outer)
+    outer, colon, inner = text.partition(":")
+    return port_type(outer), port_type(inner if colon else outer)
+
+
+def path_type(text):
+    """argparse type: a file's or folder's name."""
+    if not text:
+        raise argparse.ArgumentTypeError("the name of a file or folder is empty")
+    return _checked(word, text)
+
+
+def word(text):
+    """A text that may be an argument or a file's name, as it is; Problem if the kernel takes it as neither."""
+    try:
+        if b"\0" not in os.fsencode(text):
+            return text
+    except (TypeError, ValueError):               # no text, or half of a surrogate pair
+        pass
+    raise Problem(f"{told(text)} cannot be an argument or a file's name", "write a text without NUL")
 
 
 # ------------------------------------------------------------------------------------------------ the executor
@@ -288,7 +363,7 @@ def shown(argv):
     if argv[0] == "tee" and len(argv) > 2:
         text = argv[2].replace("\n", "\\n")
         return "printf '%s' | tee %s" % (text if len(text) <= 200 else text[:200] + "…", argv[1])
-    if argv[-1] == "&":
+    if argv[-1] == "&" and len(argv) > 1:
         return shown(argv[:-1]) + " &"
     if all(re.match(r"[\w@%+=:,./-]+\Z", word) for word in argv):
         return " ".join(argv)
@@ -770,7 +845,7 @@ class Executor:
     def say(self, text):
         """Print a line; a reader who has gone away, or a full disk, never stops a change midway."""
         try:
-            self.out.write(text + "\n")
+            self.out.write(spelled(text) + "\n")
         except OSError:
             if not self.changing:
                 raise
@@ -1006,7 +1081,7 @@ def together(links):
 def say_error(text):
     """Print a line on stderr, whatever has become of it."""
     try:
-        sys.stderr.write(text + "\n")
+        sys.stderr.write(spelled(text) + "\n")
         sys.stderr.flush()
     except (OSError, ValueError):
         sys.stderr = open(os.devnull, "w")
@@ -1014,34 +1089,28 @@ def say_error(text):
 
 # ------------------------------------------------------------------------------------------------ the store
 
-_ADDRESS = r"[0-9]{1,3}\.[0-9]{1,3}\.[0-9]{1,3}\.[0-9]{1,3}"
-_BLOCK = _ADDRESS + r"/[0-9]{1,2}"
 _DEVICE = r"[A-Za-z0-9][A-Za-z0-9_.@:-]{0,14}"
 _LABEL = r"[A-Za-z0-9][A-Za-z0-9_-]{0,79}"
 _NAME = r"[A-Za-z0-9][A-Za-z0-9_-]{0,31}"
+_MAC = r"[0-9a-f]{2}(?::[0-9a-f]{2}){5}"
 _PORT = (1, 65535)
-# What a record may hold: a pattern, a range of numbers, a list of one kind, or keys (with "?" = may be absent).
+# What a record may hold: a pattern, a range of numbers, a type, a text that a function does not refuse, a list of one
+# kind, or keys (with "?" = may be absent).
 RECORD_SHAPE = {
-    "format": (1, 1), "name": _NAME, "cidr": _BLOCK, "bridge": _DEVICE, "chain": r"[A-Za-z0-9_-]{1,28}",
+    "format": (1, 1), "name": _NAME, "cidr": bounds, "bridge": _DEVICE, "chain": r"[A-Za-z0-9_-]{1,28}",
     "chain_in": r"[A-Za-z0-9_-]{1,28}", "chain_src": r"[A-Za-z0-9_-]{1,28}", "table": (FIRST_TABLE, 1 << 31),
-    "mac": r"[0-9a-f:]{17}", "iptables": r"[a-z_]{1,20}", "unlocked?": bool,
-    "subnets": [{"name": _NAME, "cidr": _BLOCK, "ns": _LABEL, "gw": _ADDRESS, "host_ip": _ADDRESS,
-                 "veth": _DEVICE, "mac": r"[0-9a-f:]{17}", "policy": dict}],
-    "host_iptables": [list],
-    "apps": [{"subnet": _NAME, "ns": _LABEL, "port": _PORT, "pid": (0, 1 << 31), "cmd": [str], "start": str,
-              "command?": [str], "protocol?": r"udp", "log": r"[A-Za-z0-9_.-]{1,120}"}],
+    "mac": _MAC, "iptables": r"[a-z_]{1,20}", "unlocked?": bool,
+    "subnets": [{"name": _NAME, "cidr": bounds, "ns": _LABEL, "gw": address_number, "host_ip": address_number,
+                 "veth": _DEVICE, "mac": _MAC, "policy": dict}],
+    "host_iptables": [[str]],
+    "apps": [{"subnet": _NAME, "ns": _LABEL, "port": _PORT, "pid": (0, 1 << 31), "cmd": [word], "start": word,
+              "command?": [word], "protocol?": r"udp", "log": str}],
     "peers": [{"peer_vpc": _NAME, "veth_a": _DEVICE, "veth_b": _DEVICE, "chain": r"[A-Za-z0-9_-]{1,28}",
-               "allowed": [_BLOCK], "side": r"[ab]"}],
-    "nat?": {"interface": _DEVICE, "subnets?": [_NAME], "dns": [_ADDRESS]},
+               "allowed": [bounds], "side": r"[ab]"}],
+    "nat?": {"interface": _DEVICE, "subnets?": [_NAME], "dns": [address_number]},
     "forward?": {"was": r"[01]", "kept_off": [_DEVICE], "kept_on?": [_DEVICE]},
     "published": [{"subnet": _NAME, "host_port": _PORT, "port": _PORT, "protocol": r"tcp|udp", "interface": _DEVICE}],
 }
-
-
-@lru_cache(None)
-def whole(pattern):
-    """A function that tells whether a text is, as a whole, what a pattern says."""
-    return re.compile("(?:%s)\\Z" % pattern).match
 
 
 def check_shape(value, shape, place="the record"):
@@ -1055,12 +1124,19 @@ def check_shape(value, shape, place="the record"):
     elif isinstance(shape, list):
         if not isinstance(value, list):
             raise ValueError("%s is %.60r" % (place, value))
+        if isinstance(shape[0], type) and all(isinstance(item, shape[0]) for item in value):
+            return                                # thousands of words of rules
         for number, item in enumerate(value):
             check_shape(item, shape[0], "%s[%d]" % (place, number))
     elif isinstance(shape, dict):
         _check_keys(value, shape, place)
-    elif not isinstance(value, shape):
+    elif not isinstance(value, shape if isinstance(shape, type) else str):
         raise ValueError("%s is %.60r" % (place, value))
+    elif not isinstance(shape, type):
+        try:
+            shape(value)
+        except Problem as problem:
+            raise ValueError(f"{place}: {problem}") from None
 
 
 def _check_keys(value, shape, place):
@@ -1079,25 +1155,33 @@ def _check_keys(value, shape, place):
 
 def check_record(record, name):
     """Raise ValueError unless `record` is a sound record of VPC `name`."""
-    check_shape(record, RECORD_SHAPE)
-    if record["name"] != name:
-        raise ValueError("it says it is of '%s'" % record["name"])
     try:
+        check_shape(record, RECORD_SHAPE)
+        if record["name"] != name:
+            raise ValueError("it says it is of '%s'" % record["name"])
         first, last = bounds(record["cidr"])
         for subnet in record["subnets"]:
             low, high = bounds(subnet["cidr"])
             if not first <= low <= high <= last:
                 raise ValueError("subnet %s is outside of %s" % (subnet["name"], record["cidr"]))
-            if subnet["policy"] != DEFAULT_POLICY:
-                check_policy(subnet["policy"], "subnet %s" % subnet["name"])
-                policy_names(subnet, record)
+            for key in ("gw", "host_ip"):
+                if not low < address_number(subnet[key]) < high:
+                    raise ValueError(f"subnet {subnet['name']}: {key} is not in {subnet['cidr']}: {subnet[key]}")
+            check_policy(subnet["policy"], "subnet %s" % subnet["name"])
+            policy_names(subnet, record)
     except Problem as problem:
         raise ValueError(str(problem)) from None
-    known = {subnet["name"] for subnet in record["subnets"]}
+    known = {subnet["name"]: subnet["ns"] for subnet in record["subnets"]}
     used = [item["subnet"] for item in record["apps"] + record["published"]]
     strange = [name for name in used + ((record.get("nat") or {}).get("subnets") or []) if name not in known]
     if strange or len(known) != len(record["subnets"]):
         raise ValueError("it names subnet %s, which it does not hold" % (strange or "twice"))
+    if (record.get("nat") or record["published"]) and not record.get("forward"):
+        raise ValueError("it lacks 'forward', which goes with NAT and published ports")
+    for app in record["apps"]:
+        for key, wanted in (("ns", known[app["subnet"]]), ("log", app_log(app["ns"], app["port"]))):
+            if app[key] != wanted:
+                raise ValueError(f"the app on port {app['port']} of {app['subnet']}: {key} is '{app[key]}', not '{wanted}'")
 
 
 class Store:
@@ -1109,6 +1193,7 @@ class Store:
 
     def __init__(self, folder):
         self.folder = folder
+        self.patience = lock_patience()           # for how many seconds a change waits for another
         self._lock = None
 
     def path(self, name, kind="json"):
@@ -1163,25 +1248,24 @@ class Store:
         import fcntl
         import time
         self._lock = os.open(os.path.join(self.folder, "lock"), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
-        limit = float(os.environ.get("VPCCTL_WAIT") or LOCK_WAIT)
-        begun, told = time.monotonic(), False
+        begun, warned = time.monotonic(), False
         while True:
             try:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
                 waited = time.monotonic() - begun
-                if waited >= limit:
+                if waited >= self.patience:
                     raise Problem("another vpcctl is at work: %s" % self._holder(),
                                   "try again when it has finished", 3) from None
-                if waited > 1 and not told:
-                    told = say_error("waiting for another vpcctl: %s" % self._holder()) or True
+                if waited > 1 and not warned:
+                    warned = say_error("waiting for another vpcctl: %s" % self._holder()) or True
                 heed()
                 time.sleep(0.02)
         os.set_inheritable(self._lock, True)      # see `call`
         try:
             os.ftruncate(self._lock, 0)
-            os.pwrite(self._lock, ("process %d, %s" % (os.getpid(), title)).encode(), 0)
+            os.pwrite(self._lock, spelled(f"process {os.getpid()}, {title}").encode(), 0)
         except OSError:
             pass                                  # the disk is full: the name of the holder is a courtesy
 
@@ -1204,7 +1288,7 @@ class Store:
         with os.fdopen(handle, encoding="utf-8") as opened:
             if os.fstat(handle).st_mode & 0o022:
                 raise ValueError("others may write in it: sudo chmod go-w")
-            record = json.load(opened)
+            record = parse_json(opened.read())
         if kind == "intent":
             check_shape(record, {"last": _NAME, "becomes?": dict}, "the note")
             if not os.path.exists(self.path(record["last"], "intent")):
@@ -1280,12 +1364,12 @@ class Store:
         """Append a change to vpcctl.log; at 1 MiB the older half of the story moves to vpcctl.log.1."""
         import time
         path = os.path.join(self.folder, "vpcctl.log")
-        line = "%s %s -> %s\n" % (time.strftime("%Y-%m-%dT%H:%M:%S%z"), command, outcome)
+        line = spelled(f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {command} -> {outcome}") + "\n"
         try:
             if os.path.exists(path) and os.path.getsize(path) > LOG_LIMIT:
                 os.replace(path, path + ".1")
             handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o644)
-            with os.fdopen(handle, "w") as opened:
+            with os.fdopen(handle, "w", encoding="utf-8") as opened:
                 opened.write(line)
         except OSError as error:
             say_error("note: cannot write %s: %s" % (path, error.strerror))
@@ -1387,8 +1471,13 @@ class Control:
         self._loaded = None
 
     def say(self, text):
-        """Print an answer; --quiet leaves out what only reports progress."""
+        """Print a line of an answer; --quiet leaves out what only reports progress."""
         self.run.say(text)
+
+    def show(self, text):
+        """Print an answer of many lines."""
+        for line in text.split("\n"):
+            self.run.say(line)
 
     def report(self, text):
         """Print what a change came to, unless --quiet."""
@@ -1597,9 +1686,17 @@ def nearest(name, names):
     return "did you mean '%s'?" % close[0] if close else ""
 
 
+def lock_patience():
+    """How many seconds VPCCTL_WAIT says, or LOCK_WAIT. Problem if it is no number."""
+    text = os.environ.get("VPCCTL_WAIT") or str(LOCK_WAIT)
+    if not whole(r"(?:0|[1-9][0-9]{0,5})(?:\.[0-9]{1,6})?")(text):
+        raise Problem(f"VPCCTL_WAIT is {told(text)}", "a number of seconds, like 60 or 0.5")
+    return float(text)
+
+
 def data_folder(chosen):
     """The data folder: --data-dir, VPCCTL_DATA, or .vpcctl_data beside the real script."""
-    chosen = chosen or os.environ.get("VPCCTL_DATA")
+    chosen = chosen or word(os.environ.get("VPCCTL_DATA") or "")
     return os.path.abspath(chosen or os.path.join(os.path.dirname(os.path.realpath(__file__)), ".vpcctl_data"))
 
 
@@ -2086,7 +2183,7 @@ def policy_names(subnet, vpc):
     named, blocks = {}, None
     for direction, key in (("ingress", "from"), ("egress", "to")):
         for rule in subnet["policy"].get(direction) or []:
-            if key in rule and not re.match(r"\d+\.\d+\.", rule[key]):
+            if key in rule and not is_block(rule[key]):
                 blocks = blocks or {other["name"]: other["cidr"] for other in vpc["subnets"]}
                 if rule[key] not in blocks:
                     raise Problem("the policy of %s names subnet '%s', which VPC %s does not have"
@@ -2126,9 +2223,16 @@ def judgements(policy, direction, chain, end, names):
     for action, target in (("deny", "DROP"), ("allow", "ACCEPT")):
         for rule in policy.get(direction) or []:
             if rule["action"] == action:
-                peer, port = names.get(rule.get(key), rule.get(key)), str(rule.get("port", "")).replace("-", ":")
-                found.append(((side, peer) * bool(peer) + ("-p", rule["protocol"]) + (end, port) * bool(port), target,
-                              "%s-%s" % (action, rule.get("port", rule["protocol"]))))
+                words, label = (), rule["protocol"]
+                if key in rule:
+                    words += side, block_text(names.get(rule[key], rule[key]))
+                if rule["protocol"] != "all":
+                    words += "-p", rule["protocol"]
+                if "port" in rule:
+                    low, high = ports(rule["port"])
+                    label = f"{low}-{high}" if low < high else str(low)
+                    words += end, label.replace("-", ":")
+                found.append((words, target, f"{action}-{label}"))
     return found
 
 
@@ -2166,7 +2270,7 @@ def plan_names(world, vpc):
     """The hosts file that a VPC's subnets share."""
     known, host = name_data(world, vpc), os.uname()[1]
     text = "# vpcctl:%s\n127.0.0.1 localhost\n" % vpc["name"]
-    if host and not any(host in names for _, names in known):
+    if whole(r"[A-Za-z0-9._-]+")(host) and not any(host in names for _, names in known):
         text += "127.0.1.1 %s\n" % host           # programs that ask for their own name need not wait for a name server
     text += "".join("%s %s\n" % (address, " ".join(names)) for address, names in known)
     folder = "%s/%s" % (RUN_DIR, vpc["name"])
@@ -3112,7 +3216,7 @@ def name_servers():
     for path in ("/etc/resolv.conf", "/run/systemd/resolve/resolv.conf"):
         try:
             with open(path) as handle:
-                found = re.findall(r"(?m)^\s*nameserver\s+(\d+\.\d+\.\d+\.\d+)\s*$", handle.read())
+                found = re.findall(r"(?m)^\s*nameserver\s+(%s)\s*$" % _ADDRESS, handle.read())
         except (OSError, ValueError):
             continue
         found = [address for address in found if not address.startswith("127.")]
@@ -3284,7 +3388,7 @@ def remove_peering(a, b):
 # ------------------------------------------------------------------------------------------------ policies
 
 @command("apply-policy", "apply-policy blog policies/web.json", VPC,
-         arg("file", metavar="FILE", help="the policy, as JSON; - reads standard input", complete="file"), changes=True)
+         arg("file", type=path_type, metavar="FILE", help="the policy, as JSON; - reads standard input", complete="file"), changes=True)
 def apply_policy(ctl, args):
     """put a subnet's firewall rules in place of those it has"""
     new = ctl.copy()
@@ -3316,19 +3420,25 @@ def reset_policy(ctl, args):
     set_policy(ctl, new, vpc, ctl.subnet(vpc, args.subnet), duplicate(DEFAULT_POLICY))
 
 
+def parse_json(text):
+    """JSON -> what it holds; ValueError if it is none, or if an object has a key twice."""
+    def once(pairs):
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            keys = sorted(key for key, _ in pairs)
+            twice = next(key for key, following in zip(keys, keys[1:]) if key == following)
+            raise ValueError(f"the key '{twice:.80}' is given twice")
+        return found
+    return json.loads(text, object_pairs_hook=once)
+
+
 def read_json(path, what):
     """Read a JSON file (- is standard input). Problem names the file and the line. A key given twice is refused."""
-    def unique(pairs):
-        keys = [key for key, _ in pairs]
-        twice = [key for key in keys if keys.count(key) > 1]
-        if twice:
-            raise ValueError("the key '%s' is given twice" % twice[0])
-        return dict(pairs)
     try:
         if path == "-":
-            return json.loads(sys.stdin.read(), object_pairs_hook=unique)
+            return parse_json(sys.stdin.read())
         with open(path, encoding="utf-8") as handle:
-            return json.loads(handle.read(), object_pairs_hook=unique)
+            return parse_json(handle.read())
     except OSError as error:
         raise Problem("cannot read the %s %s: %s" % (what, path, error.strerror)) from None
     except (ValueError, RecursionError) as error:
@@ -3350,7 +3460,7 @@ def read_policy(ctl, vpc, path):
         raise Problem("%s: 'subnet' is missing; it names the subnet or its range" % path)
     found = [subnet for subnet in vpc["subnets"] if target in (subnet["name"], subnet["cidr"])]
     if not found:
-        raise Problem("%s: VPC %s has no subnet '%s'" % (path, vpc["name"], target), "its subnets: %s" % (", ".join(
+        raise Problem("%s: VPC %s has no subnet '%.80s'" % (path, vpc["name"], target), "its subnets: %s" % (", ".join(
             "%s (%s)" % (subnet["name"], subnet["cidr"]) for subnet in vpc["subnets"]) or "none"))
     body = {key: value for key, value in policy.items() if key != "subnet"}
     return found[0], check_policy(body, path)
@@ -3362,12 +3472,12 @@ def check_policy(policy, place):
         raise Problem("%s: a policy is an object with ingress and egress" % place)
     for key in policy:
         if key not in ("ingress", "egress", "default"):
-            raise Problem("%s: unknown key '%s'" % (place, key), "known: subnet, ingress, egress, default")
+            raise Problem("%s: unknown key '%.80s'" % (place, key), "known: subnet, ingress, egress, default")
     default = policy.get("default")
     if default is not None:
         if not isinstance(default, dict) or any(key not in ("ingress", "egress") or value not in ("allow", "deny")
                                                 for key, value in default.items()):
-            raise Problem("%s: default is %s" % (place, json.dumps(default)),
+            raise Problem("%s: default is %s" % (place, told(default)),
                           'write it like {"ingress": "deny", "egress": "allow"}')
     checked = {"ingress": [], "egress": []}
     for direction in checked:
@@ -3389,30 +3499,28 @@ def check_rule(rule, direction, place):
         raise Problem("%s is not an object" % place, 'write it like {"port": 80, "protocol": "tcp", "action": "allow"}')
     for key in rule:
         if key not in ("port", "protocol", "action", side):
-            raise Problem("%s has an unknown key '%s'" % (place, key), "known: port, protocol, action, %s" % side)
+            raise Problem("%s has an unknown key '%.80s'" % (place, key), "known: port, protocol, action, %s" % side)
     if rule.get("action") not in ("allow", "deny"):
-        raise Problem("%s: action is %s" % (place, json.dumps(rule.get("action"))), "allow or deny")
-    if rule.get("protocol") not in ("tcp", "udp", "icmp"):
-        raise Problem("%s: protocol is %s" % (place, json.dumps(rule.get("protocol"))), "tcp, udp or icmp")
-    if "port" in rule:
-        if rule["protocol"] == "icmp":
-            raise Problem("%s: icmp has no port" % place)
-        port = rule["port"]
-        ends = re.match(r"([0-9]{1,5})-([0-9]{1,5})\Z", port) if isinstance(port, str) else None
-        low, high = map(int, ends.groups()) if ends else (port, port)
-        if isinstance(low, bool) or not isinstance(low, int) or not 1 <= low <= high <= 65535:
-            raise Problem("%s: port is %s" % (place, json.dumps(port)), 'a number from 1 to 65535, or "8000-8100"')
-    if side in rule:
-        peer = rule[side]
-        if not isinstance(peer, str):
-            raise Problem("%s: %s is %s" % (place, side, json.dumps(peer)), "a block or a subnet of this VPC")
-        if re.match(r"[0-9.]+(/[0-9]*)?\Z", peer) and "." in peer:
-            try:
-                as_network(peer)
-            except Problem as problem:
-                raise Problem("%s: %s: %s" % (place, side, problem), problem.hint) from None
-        elif not NAME.match(peer):
-            raise Problem("%s: %s is %s" % (place, side, json.dumps(peer)), "a block or a subnet of this VPC")
+        raise Problem("%s: action is %s" % (place, told(rule.get("action"))), "allow or deny")
+    if rule.get("protocol") not in PROTOCOLS:
+        raise Problem("%s: protocol is %s" % (place, told(rule.get("protocol"))), "tcp, udp, icmp or all")
+    if "port" in rule and rule["protocol"] not in ("tcp", "udp"):
+        raise Problem(f"{place}: {rule['protocol']} has no port")
+    peer = rule.get(side, "any")
+    if not isinstance(peer, str) or not (is_block(peer) or NAME.match(peer)):
+        raise Problem(f"{place}: {side} is {told(peer)}", "a block or a subnet of this VPC")
+    try:
+        if "port" in rule:
+            ports(rule["port"])
+        if is_block(peer):
+            bounds(peer)
+    except Problem as problem:
+        raise Problem(f"{place}: {problem}", problem.hint) from None
+
+
+def is_block(peer):
+    """Whether the other side of a rule is meant as a block; no subnet's name has a dot or a slash."""
+    return "/" in peer or "." in peer
 
 
 # ------------------------------------------------------------------------------------------------ programs
@@ -3443,10 +3551,15 @@ def deploy_app(ctl, args):
 def new_app(vpc, subnet, port, program):
     """The record of an app that is to be started."""
     app = {"subnet": subnet["name"], "ns": subnet["ns"], "port": port, "pid": 0, "start": "",
-           "cmd": list(app_command(subnet["ns"], port, program)), "log": "app_%s_%d.log" % (subnet["ns"], port)}
+           "cmd": list(app_command(subnet["ns"], port, program)), "log": app_log(subnet["ns"], port)}
     if program:
         app["command"] = list(program)
     return app
+
+
+def app_log(space, port):
+    """The name of the file that an app's output goes to."""
+    return f"app_{space}_{port}.log"
 
 
 def app_command(space, port, program):
@@ -3782,7 +3895,10 @@ def logs(ctl, args):
     handles = [open(os.path.join(ctl.store.folder, app["log"]), errors="replace") for app in apps]
     while True:
         for handle in handles:
-            sys.stdout.write(handle.read())
+            text = handle.read()
+            if sys.stdout.isatty():               # to a file or a pipe it goes as it is
+                text = "\n".join(spelled(line.expandtabs()) for line in text.split("\n"))
+            sys.stdout.write(text)
         sys.stdout.flush()
         if not args.follow:
             return
@@ -3825,7 +3941,7 @@ def enter_and_run(ctl, subnet, program):
 
 # ------------------------------------------------------------------------------------------------ topologies
 
-TOPOLOGY = arg("file", metavar="FILE", help="the topology, as JSON; - reads standard input", complete="file")
+TOPOLOGY = arg("file", type=path_type, metavar="FILE", help="the topology, as JSON; - reads standard input", complete="file")
 PRUNE = arg("--prune", action="store_true", help="also delete VPCs that the file does not name")
 
 
@@ -3868,7 +3984,7 @@ def export(ctl, args):
     vpcs = [export_vpc(ctl.vpc(name)) for name in names]
     peers = [{"vpcs": [name, peer["peer_vpc"]], "allow": peer["allowed"]} for name in names
              for peer in ctl.world[name]["peers"] if peer["side"] == "a" and peer["peer_vpc"] in names]
-    ctl.say(json.dumps({"vpcs": vpcs, "peers": peers}, indent=2))
+    ctl.show(json.dumps({"vpcs": vpcs, "peers": peers}, indent=2))
 
 
 def export_vpc(vpc):
@@ -3903,7 +4019,7 @@ def app_entry(app):
 def _typed(kind):
     def check(value, place):
         if not isinstance(value, str):
-            raise Problem("%s is %s" % (place, json.dumps(value)), "a text in quotes is meant")
+            raise Problem("%s is %s" % (place, told(value)), "a text in quotes is meant")
         try:
             return kind(value)
         except argparse.ArgumentTypeError as error:
@@ -3913,19 +4029,20 @@ def _typed(kind):
 
 def _port(value, place):
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 65535:
-        raise Problem("%s is %s" % (place, json.dumps(value)), "a number from 1 to 65535")
+        raise Problem("%s is %s" % (place, told(value)), "a number from 1 to 65535")
     return value
 
 
 def _words(value, place):
-    if not isinstance(value, list) or not value or not all(isinstance(word, str) and "\0" not in word for word in value):
-        raise Problem("%s is %s" % (place, json.dumps(value)), 'write it like ["python3", "server.py"]')
-    return value
+    if not isinstance(value, list) or not value:
+        raise Problem("%s is %s" % (place, told(value)), 'write it like ["python3", "server.py"]')
+    with placed(place):
+        return [word(item) for item in value]
 
 
 def _choice(value, place):
     if value not in ("tcp", "udp"):
-        raise Problem("%s is %s" % (place, json.dumps(value)), "tcp or udp")
+        raise Problem("%s is %s" % (place, told(value)), "tcp or udp")
     return value
 
 
@@ -3955,7 +4072,7 @@ def check_part(value, shape, place):
     known = {key.rstrip("!"): key for key in shape}
     for key in value:
         if key not in known:
-            raise Problem("%s: unknown key '%s'" % (here, key), nearest(key, known) or "known: " + ", ".join(known))
+            raise Problem("%s: unknown key '%.80s'" % (here, key), nearest(key, known) or "known: " + ", ".join(known))
     for key, spelled in known.items():
         if spelled.endswith("!") and key not in value:
             raise Problem("%s: '%s' is missing" % (here, key))
@@ -4197,7 +4314,7 @@ def list_vpcs(ctl, args):
     """list the VPCs; those that are down are marked"""
     rows = [list_row(ctl, name) for name in sorted(set(ctl.world) | set(ctl.intents) | set(ctl.damaged))]
     if args.json:
-        return ctl.say(json.dumps(rows, indent=2))
+        return ctl.show(json.dumps(rows, indent=2))
     if args.long:
         return print_table(ctl, ("VPC", "RANGE", "STATE", "SUBNETS", "APPS", "PEERS", "NAT", "PUBLISHED"), [
             (row["name"], row["cidr"], row["state"], len(row["subnets"]), row["apps"], ",".join(row["peers"]) or "-",
@@ -4239,7 +4356,7 @@ def counted(number, word):
 def paint(text, code):
     """Colour, on a terminal that wants it (NO_COLOR is honoured)."""
     wanted = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-    return "\033[%dm%s\033[0m" % (code, text) if wanted else text
+    return f"{_PAINT}{code}m{text}{_PAINT}0m" if wanted else text
 
 
 @command("inspect", "inspect blog", VPC)
@@ -4249,7 +4366,7 @@ def inspect(ctl, args):
         raise Problem("VPC %s is unfinished: a change was cut short" % args.vpc, "`vpcctl restore` finishes it")
     vpc = ctl.vpc(args.vpc)
     rules = ",\n    ".join(json.dumps(argv) for argv in vpc["host_iptables"])     # a line each, not a line a word
-    ctl.say(json.dumps(dict(vpc, host_iptables="@"), indent=2).replace('"@"', "[\n    %s\n  ]" % rules, 1))
+    ctl.show(json.dumps(dict(vpc, host_iptables="@"), indent=2).replace('"@"', "[\n    %s\n  ]" % rules, 1))
 
 
 @command("verify", "verify", arg("--json", action="store_true", help="the findings as JSON"))
@@ -4264,11 +4381,11 @@ def verify(ctl, args):
             ctl.say("%s %s%s" % (mark(found), what, "" if found else ": missing; " + hint))
     if lacking:
         if args.json:
-            ctl.say(json.dumps({"ok": False, "lacking": [what for what, _ in lacking]}, indent=2))
+            ctl.show(json.dumps({"ok": False, "lacking": [what for what, _ in lacking]}, indent=2))
         return 4
     findings, notes = look_for_drift(ctl)
     if args.json:
-        ctl.say(json.dumps({"ok": not findings, "vpcs": sorted(ctl.world), "notes": notes, "findings": [
+        ctl.show(json.dumps({"ok": not findings, "vpcs": sorted(ctl.world), "notes": notes, "findings": [
             {"vpc": vpc, "what": kind, "object": text} for vpc, kind, text in findings]}, indent=2))
         return 1 if findings else 0
     for name in sorted(set(ctl.world) | set(ctl.damaged)):
@@ -4421,7 +4538,8 @@ def ping(address, patience):
 @command("explain", "explain blog web db --port 5432", VPC, SUBNET,
          arg("target", metavar="TARGET", help="an address, VPC/SUBNET, or a name", complete="target"),
          arg("--port", type=port_type, metavar="PORT", help="the target's port (default: its first app's, or 80)"),
-         arg("--protocol", choices=("tcp", "udp", "icmp"), default="tcp", help="tcp (default), udp or icmp (ping)"),
+         arg("--protocol", choices=PROTOCOLS, default="tcp",
+             help="tcp (default), udp, icmp (ping) or all: any but these three, of which only rules for all speak"),
          arg("--probe", action="store_true", help="also send the packet, and say if it disagrees (needs root)"),
          arg("--policy", action="store_true", help="print the policy that would let it pass, for apply-policy"))
 def explain(ctl, args):
@@ -4429,11 +4547,13 @@ def explain(ctl, args):
     vpc = ctl.vpc(args.vpc)
     subnet = ctl.subnet(vpc, args.subnet)
     asked = (ctl.world, args.vpc, args.subnet, args.target, args.port, args.protocol)
+    if args.probe and args.protocol == "all":
+        raise Problem("a probe speaks tcp, udp or icmp", "leave --probe out, or name one of these")
     if args.policy:
         found = path_policy(*asked)
         if not found:
             raise Problem("no policy is in the way", "`vpcctl explain` without --policy shows what is", 1)
-        return ctl.say(json.dumps(found[1], indent=2))
+        return ctl.show(json.dumps(found[1], indent=2))
     hops = explain_path(*asked)
     for line in render_explain(hops, "ok" in mark(True)):
         sign, _, rest = line.partition(" ")
@@ -4473,11 +4593,8 @@ def find_subnet(world, vpc, subnet):
 
 def resolve_target(world, vpc, subnet, text):
     """The address that TARGET (an address, vpc/subnet, or a name seen from there) means, or a Problem."""
-    import ipaddress
-    try:
-        return str(ipaddress.IPv4Address(text))
-    except ValueError:
-        pass
+    if whole(r"[0-9]+(?:\.[0-9]+){3}")(text):
+        return dotted(address_number(text))
     known = name_data(world, find_subnet(world, vpc, subnet)[0])
     for address, names in known:
         if text in names:
@@ -4490,12 +4607,6 @@ def resolve_target(world, vpc, subnet, text):
         "vpc/subnet works for any" % vpc))
 
 
-def port_range(port):
-    """(lowest, highest) of a rule's port: a number, "8000-8100", or None for all."""
-    low, _, high = str(port or "1-65535").partition("-")
-    return int(low), int(high or low)
-
-
 def rule_text(rule):
     """A policy rule in words: allow tcp/80 from web."""
     other = "".join(" %s %s" % (key, rule[key]) for key in ("from", "to") if rule.get(key))
@@ -4505,16 +4616,16 @@ def rule_text(rule):
 
 def rule_matches(rule, direction, protocol, port, other_ip, siblings):
     """Whether a policy rule speaks of this packet; other_ip is the far end, siblings the VPC's subnets."""
-    if rule["protocol"] != protocol:
+    if rule["protocol"] not in (protocol, "all"):
         return False
-    low, high = port_range(rule.get("port"))
-    if protocol != "icmp" and not low <= port <= high:
+    low, high = ports(rule["port"]) if "port" in rule else (None, None)
+    if low and not low <= port <= high:
         return False
     other = rule.get("from" if direction == "ingress" else "to")
     if other is None:
         return True
     other = {s["name"]: s["cidr"] for s in siblings}.get(other, other)
-    return other[0].isdigit() and "." in other and ip_inside(other_ip, other)  # a name of no subnet: nobody
+    return is_block(other) and ip_inside(other_ip, other)  # a name of no subnet: nobody
 
 
 def policy_decision(policy, direction, protocol, port, other_ip, siblings):
@@ -4529,18 +4640,24 @@ def policy_decision(policy, direction, protocol, port, other_ip, siblings):
 
 
 def cut_out(rule, direction, protocol, port, other_ip, siblings):
-    """The deny rules that are left of a deny when one flow is taken out of it."""
+    """The rules that are left of a rule when one flow is taken out of it. What is left of a rule for all protocols names
+    tcp, udp and icmp for that one host, since no rule names the others."""
     import ipaddress
     key, rest = ("from" if direction == "ingress" else "to"), []
-    if protocol != "icmp":
-        low, high = port_range(rule.get("port"))
+    named = {s["name"]: s for s in siblings}.get(rule.get(key))
+    alone = named and named["host_ip"] == other_ip     # one host lives in a subnet: nobody else is meant
+    if rule["protocol"] == "all":
+        for kind in PROTOCOLS[:3]:
+            own = dict(rule, protocol=kind, **({} if alone else {key: other_ip + "/32"}))
+            rest += cut_out(own, direction, protocol, port, other_ip, siblings) if kind == protocol else [own]
+    elif protocol != "icmp":
+        low, high = ports(rule["port"]) if "port" in rule else (1, 65535)
         for first, last in ((low, port - 1), (port + 1, high)):
             if first <= last:
                 rest.append(dict(rule, port=first if first == last else "%d-%d" % (first, last)))
         rule = dict(rule, port=port)
-    named = {s["name"]: s for s in siblings}.get(rule.get(key))
-    if named and named["host_ip"] == other_ip:
-        return rest  # one host lives in a subnet: nobody else is meant
+    if alone:
+        return rest
     whole = ipaddress.ip_network(named["cidr"] if named else rule.get(key) or "0.0.0.0/0")
     blocks = sorted(whole.address_exclude(ipaddress.ip_network(other_ip)))
     return rest + [dict(rule, **{key: str(block)}) for block in blocks]
@@ -4551,18 +4668,22 @@ def allowing_policy(subnet, direction, protocol, port, other_ip, siblings):
     policy = subnet["policy"]
     new = {"subnet": subnet["cidr"], "ingress": list(policy.get("ingress") or []),
            "egress": list(policy.get("egress") or [])}
-    flow = (direction, protocol, port, other_ip, siblings)
+    flow, others = (direction, protocol, port, other_ip, siblings), (direction, "all", None, other_ip, siblings)
+    default, key = policy_default(policy, direction)[0], "from" if direction == "ingress" else "to"
+    # denies stand before allows, so an exception has to be cut out of the deny
+    hit = [rule for rule in new[direction] if rule["action"] == "deny" and rule_matches(rule, *flow)]
+    if protocol != "all" and any(rule["protocol"] == "all" for rule in hit):
+        # Protocols that no rule names went with that deny. Now the default has to keep them out, for this host only.
+        new[direction] += [{"protocol": "all", "action": "allow"}] * (default == "allow")
+        hit += [rule for rule in new[direction] if rule["action"] == "allow" and rule_matches(rule, *others)]
+        default = "deny"
     rules = []
     for rule in new[direction]:
-        # denies stand before allows, so an exception has to be cut out of the deny
-        hit = rule["action"] == "deny" and rule_matches(rule, *flow)
-        rules += cut_out(rule, *flow) if hit else [rule]
-    default = policy_default(policy, direction)[0]
+        rules += cut_out(rule, *(flow if rule["action"] == "deny" else others)) if rule in hit else [rule]
     if default == "deny" and not any(r["action"] == "allow" and rule_matches(r, *flow) for r in rules):
         name = [s["name"] for s in siblings if s["host_ip"] == other_ip]
-        rule = {"protocol": protocol, "action": "allow",
-                "from" if direction == "ingress" else "to": name[0] if name else other_ip + "/32"}
-        rules.append(rule if protocol == "icmp" else dict(rule, port=port))
+        rule = {"protocol": protocol, "action": "allow", key: name[0] if name else other_ip + "/32"}
+        rules.append(rule if port is None else dict(rule, port=port))
     new[direction] = rules
     if policy.get("default"):
         new["default"] = dict(policy["default"])
@@ -4597,8 +4718,11 @@ def path_flow(world, vpc, subnet, target, port, protocol):
         address = source["host_ip"]
     far = next((v for _, v in sorted(world.items()) if ip_inside(address, v["cidr"])), None)
     host = next((s for s in far["subnets"] if s["host_ip"] == address), None) if far else None
-    if protocol == "icmp":
-        return Flow(home, source, far, host, address, protocol, None, "icmp", " --protocol icmp")
+    if protocol in ("icmp", "all"):
+        if port is not None:
+            raise Problem(f"{protocol} has no port", "leave --port out, or name tcp or udp")
+        what = "icmp" if protocol == "icmp" else "a protocol other than tcp, udp, icmp"
+        return Flow(home, source, far, host, address, protocol, None, what, f" --protocol {protocol}")
     if port is None and protocol == "udp":
         raise Problem("which udp port?", hint="add --port P")
     if port is None:
@@ -4775,6 +4899,8 @@ def listening_hop(flow, listening):
     vpc, subnet = flow.far["name"], flow.host["name"]
     if flow.protocol == "icmp":
         return Hop(True, "listening", "the kernel answers ping", None)
+    if flow.protocol == "all":
+        return Hop(None, "listening", f"no record tells who takes it in {vpc}/{subnet}", None)
     answer = listening(flow.far, flow.host, flow.port, flow.protocol)
     text = {True: "%s on %s/%s", False: "nothing listens on %s in %s/%s", None: "no record tells who is on %s in %s/%s"}
     remedy = "vpcctl deploy-app %s %s --port %d" % (vpc, subnet, flow.port)
@@ -4801,7 +4927,7 @@ def render_explain(hops, ascii_only=False):
 @command("graph", "graph blog --format tree",
          arg("vpcs", nargs="*", type=name_type, metavar="VPC", help="which ones (default: all)", complete="vpc"),
          arg("--format", choices=("tree", "mermaid", "dot", "svg"), default="tree", help="tree (default), mermaid, dot, svg"),
-         arg("-o", "--output", metavar="FILE", help="where to write it (default: standard output)", complete="file"))
+         arg("-o", "--output", type=path_type, metavar="FILE", help="where to write it (default: standard output)", complete="file"))
 def graph(ctl, args):
     """draw VPCs, subnets, apps, peers, NAT and published ports"""
     for name in args.vpcs:
@@ -4810,7 +4936,7 @@ def graph(ctl, args):
     more = {"ascii_only": "ok" in mark(True)} if args.format == "tree" else {}
     text = draw(ctl.world, args.vpcs or sorted(ctl.world), **more)
     if not args.output:
-        return ctl.say(text.rstrip("\n"))
+        return ctl.show(text.rstrip("\n"))
     if ctl.dry_run:
         return ctl.run.echo(("tee", args.output))
     try:
@@ -5251,7 +5377,7 @@ def sandbox_exec(argv, mask):
         # a PATH folder that one may not read gives "Permission denied" for a program that is nowhere
         found = "/" in argv[0] and not isinstance(error, FileNotFoundError)
         reason = error.strerror if found else "not found"
-        os.write(2, ("Error: cannot run %s: %s\n" % (argv[0], reason)).encode())
+        say_error(f"Error: cannot run {argv[0]}: {reason}")
         os._exit(126 if found else 127)
 
 
@@ -5369,7 +5495,7 @@ def sandbox_internet(mask):
             if os.read(there[0], 1):
                 serve_internet(here[1])
         except (Problem, OSError) as error:
-            os.write(2, ("Error: %s\n" % error).encode())
+            say_error(f"Error: {error}")
         finally:
             os._exit(1)
     os.close(here[1])
@@ -5474,7 +5600,7 @@ complete -c vpcctl -f -a '(__vpcctl_complete)'
          arg("shell", choices=sorted(COMPLETIONS), help="bash, fish or zsh"))
 def completion(ctl, args):
     """print the shell's completion script; it knows commands, options and the names in the records"""
-    ctl.say(COMPLETIONS[args.shell].rstrip("\n"))
+    ctl.show(COMPLETIONS[args.shell].rstrip("\n"))
 
 
 @command("__complete", "__complete -- create", arg("program", nargs="*", metavar="-- WORD…", help="what is typed so far"),
@@ -5552,8 +5678,7 @@ def manual(ctl, _args):
               plain("the records, one JSON file per VPC, and vpcctl.log; beside vpcctl.py, or as --data-dir or VPCCTL_DATA say"),
               ".SH ENVIRONMENT", ".TP", ".B VPCCTL_DATA", "the data folder", ".TP", ".B VPCCTL_WAIT",
               "how many seconds to wait while another vpcctl is at work (60)", ".TP", ".B NO_COLOR", "no colour, if it is set"]
-    for line in lines:
-        ctl.say(line)
+    ctl.show("\n".join(lines))
 
 
 # ------------------------------------------------------------------------------------------------ the parser
@@ -5639,7 +5764,7 @@ GLOBAL_OPTIONS = (
     arg("--dry-run", action="store_true", help="show the commands; run nothing, change nothing, no root"),
     arg("--why", action="store_true", help="end each command shown in a reason"),
     arg("--quiet", action="store_true", help="show neither the commands nor what a change came to"),
-    arg("--data-dir", metavar="FOLDER", help="where the records are (default: .vpcctl_data beside vpcctl.py)"),
+    arg("--data-dir", type=path_type, metavar="FOLDER", help="where the records are (default: .vpcctl_data beside vpcctl.py)"),
 )
 
 
@@ -5789,8 +5914,7 @@ def dispatch(ctl, entry, options):
         outcome += ", signal %d" % stop.args[0]
         raise
     finally:
-        ctl.store.log(" ".join(shown((word,)) for word in sys.argv[1:]).replace("\n", " ")[:500],
-                      outcome.replace("\n", " ")[:500])
+        ctl.store.log(shown(sys.argv[1:])[:500] if sys.argv[1:] else "", outcome[:500])
 
 
 def need_root():
@@ -5810,9 +5934,9 @@ def need_tools():
 
 def complain(problem):
     """Print a Problem on stderr -> its exit code."""
-    # What was typed is quoted in messages: what would move a terminal's cursor is spelled out.
-    spell = lambda text: re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda found: repr(found.group())[1:-1], str(text))
-    say_error("vpcctl: %s%s" % (spell(problem), "\n  " + spell(problem.hint) if problem.hint else ""))
+    say_error(f"vpcctl: {problem}")
+    if problem.hint:
+        say_error(f"  {problem.hint}")
     return problem.code
 
 

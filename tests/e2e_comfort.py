@@ -602,7 +602,7 @@ class HelpTest(SandboxTest):
         self.assertEqual(found["vpcctl explain blog w"], ["web"])
         self.assertIn("shop", found["vpcctl unpeer blog "])
         self.assertNotIn("blog", found["vpcctl unpeer blog "])
-        self.assertEqual(found["vpcctl explain blog web --protocol "], ["tcp", "udp", "icmp"])
+        self.assertEqual(found["vpcctl explain blog web --protocol "], ["tcp", "udp", "icmp", "all"])
         self.assertEqual(found["vpcctl delete-subnet shop t"], ["till"])
         self.assertEqual(set(found["vpcctl completion "]) & {"bash", "zsh", "fish"}, {"bash", "zsh", "fish"})
         self.assertEqual(found["vpcctl --dry"], ["--dry-run"])

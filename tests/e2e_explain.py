@@ -354,7 +354,9 @@ class FaultsTest(SandboxTest):
         cli("apply", self.file("sound.json", two_vpcs()))
         for words, said in ((("blog", "wbe", "db"), "did you mean 'web'"), (("blgo", "web", "db"), "did you mean 'blog'"),
                             (("blog", "web", "dbb"), "did you mean 'db'"), (("blog", "web", "shop/apii"), "did you mean 'api'"),
-                            (("blog", "web", "till.shop"), "knows no name"), (("blog", "web", "10.20.1.300"), "names"),
+                            (("blog", "web", "till.shop"), "knows no name"), (("blog", "web", "10.20.1.300"), "is not an IPv4 address"),
+                            (("blog", "web", "10.20.1.02"), "leading zeros"), (("blog", "web", "db", "--protocol", "all", "--port", 80), "no port"),
+                            (("blog", "web", "db", "--protocol", "all", "--probe"), "a probe speaks tcp"),
                             (("blog", "web", "db", "--protocol", "udp"), "--port"),
                             (("blog", "web", "db", "--port", "0"), "not a port"),
                             (("blog", "web", "db", "--protocol", "sctp"), "sctp"),

@@ -42,7 +42,7 @@ def model(policy, direction, protocol, port, other, names):
     key = {"ingress": "from", "egress": "to"}[direction]
 
     def speaks(rule):
-        if rule["protocol"] != protocol:
+        if rule["protocol"] not in (protocol, "all"):
             return False
         if "port" in rule:
             low, _, high = str(rule["port"]).partition("-")
@@ -74,9 +74,9 @@ def random_policy(dice, own, others):
             continue
         rules = []
         for _ in range(dice.choice((0, 1, 1, 2, 2, 3, 5))):
-            rule = {"protocol": dice.choice(("tcp", "tcp", "udp", "udp", "icmp")),
+            rule = {"protocol": dice.choice(("tcp", "tcp", "udp", "udp", "icmp", "all")),
                     "action": dice.choice(("allow", "allow", "allow", "deny", "deny"))}
-            if rule["protocol"] != "icmp" and dice.random() < .75:
+            if rule["protocol"] in ("tcp", "udp") and dice.random() < .75:
                 rule["port"] = dice.choice(RANGES)
             if dice.random() < .5:
                 rule[key] = dice.choice(others)

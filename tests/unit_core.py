@@ -667,7 +667,7 @@ class PolicyTest(TextTest):
         for changed, text, hint in (
                 ({"action": "Allow"}, 'action is "Allow"', "allow or deny"),
                 ({"action": None}, "action is null", ""),
-                ({"protocol": "TCP"}, 'protocol is "TCP"', "tcp, udp or icmp"),
+                ({"protocol": "TCP"}, 'protocol is "TCP"', "tcp, udp, icmp or all"),
                 ({"protocol": "sctp"}, 'protocol is "sctp"', ""),
                 ({"protocol": "icmp"}, "icmp has no port", ""),
                 ({"port": 0}, "port is 0", "1 to 65535"),
@@ -773,6 +773,8 @@ class RecordTest(TextTest):
                 ("subnets.0.ns", "../../x"), ("subnets.0.ns", "-n"), ("subnets.0.cidr", "10.99.0.0/24"),
                 ("subnets.0.gw", "x"), ("subnets.0.policy", []), ("subnets.0.policy", {"ingress": [{"action": "x"}]}),
                 ("subnets.0.policy", {"ingress": [{"protocol": "tcp", "action": "deny", "from": "nobody"}]}),
+                # equal to the default policy, for Python
+                ("subnets.0.policy.ingress.0.port", 80.0), ("subnets.0.cidr", "10.20.1.0/024"), ("peers.0.allowed", ["10.20.1.9/24"]),
                 ("subnets.0.extra", 1), ("apps.0.pid", -1), ("apps.0.pid", "1"), ("apps.0.port", 0),
                 ("apps.0.log", "../../etc/passwd"), ("apps.0.cmd", "reboot"), ("apps.0.subnet", "nobody"),
                 ("peers.0.side", "c"), ("peers.0.allowed", ["x"]), ("peers.0.peer_vpc", "../x"),
@@ -789,11 +791,15 @@ class RecordTest(TextTest):
         for key in self.full():
             record = self.full()
             del record[key]
-            if key in ("nat", "forward"):
+            if key == "nat":
                 tool.check_record(record, "blog")
             else:
                 with self.assertRaises(ValueError, msg=key):
                     tool.check_record(record, "blog")
+        record = self.full()
+        record["nat"], record["published"] = None, []
+        del record["forward"]
+        tool.check_record(record, "blog")
         for whole in ([], None, 5, "x", {}):
             with self.assertRaises(ValueError):
                 tool.check_record(whole, "blog")

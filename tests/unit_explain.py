@@ -167,6 +167,21 @@ class Explain(unittest.TestCase):
         compile(hops[-1].remedy.split('"')[1], "remedy", "exec")
         self.passes(ask(world, "blog/web", "db", None, "icmp", lambda *_: False), *self.INTRA)
 
+    def test_another_protocol(self):
+        world = make_world()
+        hops = ask(world, "blog/web", "db", None, "all")
+        self.passes(hops, *self.INTRA)
+        self.assertTrue(hops[0].text.startswith("a protocol other than tcp, udp, icmp from blog/web"), hops[0].text)
+        self.assertIsNone(hops[-2].ok)
+        world["blog"]["subnets"][1]["policy"]["ingress"] = [{"protocol": "all", "action": "deny"}]
+        self.blocked(ask(world, "blog/web", "db", None, "all"), "ingress policy", "ingress rule 1, deny all",
+                     "vpcctl explain blog web 10.20.2.2 --protocol all --policy > blog-db.json"
+                     " && vpcctl apply-policy blog blog-db.json")
+        self.assertEqual(ask(world, "blog/web", "10.20.1.1", None, "all")[-1].where, "host")
+        for protocol in ("icmp", "all"):
+            with self.assertRaises(vpcctl.Problem):
+                ask(world, "blog/web", "db", 80, protocol)
+
     def test_the_port_that_is_meant(self):
         self.assertEqual(ask(make_world(), "blog/web", "db")[0].text.split()[0], "tcp/5432")
         self.assertEqual(ask(make_world(), "blog/db", "web")[0].text.split()[0], "tcp/80")
@@ -236,6 +251,17 @@ class Policy(unittest.TestCase):
         self.assertFalse(self.decide([{"protocol": "icmp", "action": "deny"}], "icmp", None)[0])
         self.assertTrue(self.decide([{"protocol": "tcp", "action": "deny"}], "icmp", None)[0])
 
+    def test_all(self):
+        """A rule for all speaks of every flow; a flow of another protocol is named by such rules only."""
+        deny = {"protocol": "all", "action": "deny", "from": "web"}
+        for flow in (("tcp", 80), ("udp", 53), ("icmp", None), ("all", None)):
+            self.assertEqual(self.decide([ALLOW_80, deny], *flow), (False, "ingress rule 2, deny all from web", 1))
+            self.assertTrue(self.decide([ALLOW_80, deny], *flow, other="10.20.2.2")[0])
+            self.assertTrue(self.decide([{"protocol": "all", "action": "allow"}], *flow)[0])
+        named = [{"protocol": protocol, "action": "deny"} for protocol in ("tcp", "udp", "icmp")]
+        self.assertTrue(self.decide(named, "all", None)[0])
+        self.assertFalse(self.decide([ALLOW_80], "all", None)[0])
+
     def test_allowing_policy_is_a_guide_policy(self):
         db = dict(SIBLINGS[1], policy={"ingress": [ALLOW_80], "egress": [DENY_22]})
         new = vpcctl.allowing_policy(db, "ingress", "tcp", 5432, "10.20.1.2", SIBLINGS)
@@ -246,19 +272,19 @@ class Policy(unittest.TestCase):
         dice = random.Random(6)
         others = ["10.20.1.2", "10.20.2.2", "10.20.1.3", "10.30.1.2", "192.0.2.1"]
         probes = [(p, n, o) for p in ("tcp", "udp") for n in (1, 21, 22, 23, 80, 99, 65535) for o in others]
-        probes += [("icmp", None, o) for o in others]
+        probes += [(p, None, o) for p in ("icmp", "all") for o in others]
         changed = 0
         for _ in range(300):
             direction = dice.choice(["ingress", "egress"])
             policy = {"ingress": [], "egress": []}
             for _ in range(dice.randint(0, 4)):
-                rule = {"protocol": dice.choice(["tcp", "udp", "icmp"]),
+                rule = {"protocol": dice.choice(["tcp", "udp", "icmp", "all"]),
                         "action": dice.choice(["allow", "deny"])}
                 other = dice.choice([None, None, "web", "10.20.0.0/16", "10.30.1.2/32", "0.0.0.0/0"])
                 port = dice.choice([None, 22, 80, "20-90", "22-23"])
                 if other:
                     rule["from" if direction == "ingress" else "to"] = other
-                if port and rule["protocol"] != "icmp":
+                if port and rule["protocol"] in ("tcp", "udp"):
                     rule["port"] = port
                 policy[direction].append(rule)
             if dice.random() < 0.3:
@@ -268,6 +294,8 @@ class Policy(unittest.TestCase):
             new = vpcctl.allowing_policy(subnet, direction, *probe, siblings=SIBLINGS)
             self.assertEqual(policy, old)
             for other in probes:
+                if probe[0] == "all" and other[2] == probe[2]:
+                    continue  # what lets all protocols through lets these through, too
                 if other[2] == "10.20.1.3" and probe[2] == "10.20.1.2":
                     continue  # beside a subnet's one host: a rule by name speaks of its block
                 was = vpcctl.policy_decision(old, direction, *other, siblings=SIBLINGS)[0]
