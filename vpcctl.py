@@ -44,6 +44,7 @@ NETNS_DIR, ETC_NETNS, RUN_DIR = "/run/netns", "/etc/netns", "/run/vpcctl"
 NOBODY = 65534
 UMASK = 0o022                     # others read what we make (apps, `list` without root), and nobody else writes
 LOCK_WAIT, APP_WAIT, STOP_WAIT, LOG_LIMIT, PROBE_SIZE = 60.0, 10.0, 5.0, 1 << 20, 1 << 16
+TOOL_WAIT = 30.0                  # what is asked or run has this long, and a batch a little more for each line
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,31}\Z")
 DEFAULT_POLICY = {"ingress": [{"port": 80, "protocol": "tcp", "action": "allow"},
                               {"port": 443, "protocol": "tcp", "action": "allow"},
@@ -310,12 +311,22 @@ def popen(argv, **options):
 def call(argv, text=None):
     """Run a system tool to its end -> (exit code, stdout, stderr).
 
-    It inherits the lock: if we are killed meanwhile, nobody starts repairing before it has ended.
+    It inherits the lock: if we are killed meanwhile, nobody starts repairing before it has ended. One that does not
+    end in its time is killed, with what it started. Below 0, the exit code is a signal's: nobody knows how far it got.
     """
+    import signal
     import subprocess
     child = popen(argv, stdin=subprocess.PIPE if text is not None else subprocess.DEVNULL,
                   stdout=subprocess.PIPE, stderr=subprocess.PIPE, close_fds=False)
-    out, err = child.communicate(text.encode() if text is not None else None)
+    limit = TOOL_WAIT + (text or "").count("\n") / 20
+    try:
+        out, err = child.communicate(text.encode() if text is not None else None, timeout=limit)
+    except subprocess.TimeoutExpired:
+        os.killpg(child.pid, signal.SIGKILL)
+        child.communicate()
+        return -signal.SIGKILL, "", f"no end within {limit:.0f} s, so it was killed"
+    if child.returncode < 0:
+        err = b"ended by signal %d" % -child.returncode
     return child.returncode, out.decode("utf-8", "replace"), err.decode("utf-8", "replace")
 
 
@@ -457,7 +468,7 @@ UNKNOWN = -1                      # how many of a batch were done, if the tool w
 def one_call(argv):
     """Run one command -> how many were done, error text."""
     code, _, said = call(list(argv))
-    return (1, "") if code == 0 else (0, said) if code > 0 else (UNKNOWN, "ended by signal %d" % -code)
+    return (1, "") if code == 0 else (0 if code > 0 else UNKNOWN, said)
 
 
 def ip_batch(commands):
@@ -484,7 +495,7 @@ def one_ip_batch(commands):
     if code == 0:
         return len(commands), ""
     if code < 0:
-        return UNKNOWN, "ended by signal %d" % -code
+        return UNKNOWN, said
     failed = re.search(r"Command failed -:(\d+)", said)
     return (int(failed.group(1)) - 1 if failed else 0), re.sub(r"Command failed.*\n?", "", said)
 
@@ -497,9 +508,7 @@ def iptables_restore(commands):
         tables.setdefault(table, []).append(" ".join(quoted(word) for word in words))
     code, _, said = call(["iptables-restore", "-w", "5", "--noflush"], "".join(
         "*%s\n%s\nCOMMIT\n" % (table, "\n".join(lines)) for table, lines in tables.items()))
-    if code:
-        said = "ended by signal %d" % -code if code < 0 else said or "iptables-restore: exit code %d" % code
-    return code, said, len(tables)
+    return code, said or f"iptables-restore: exit code {code}", len(tables)
 
 
 def iptables_batch(commands):
@@ -743,6 +752,7 @@ class Executor:
         self.out = out or sys.stdout
         self.stopped_by = 0                       # the signal that asked us to stop
         self.changing = False                     # a change has begun: it must end, one way or the other
+        self.patient = False                      # what is done now is finished in spite of a signal
         self.lost = []                            # what optional steps could not do on this kernel
         self.commands = 0
 
@@ -759,8 +769,17 @@ class Executor:
 
     def heed(self):
         """Raise Interrupted if a signal asked us to stop."""
-        if self.stopped_by:
+        if self.stopped_by and not self.patient:
             raise Interrupted(self.stopped_by)
+
+    @contextmanager
+    def patience(self):
+        """Meanwhile, signals are noted and not obeyed."""
+        before, self.patient = self.patient, True
+        try:
+            yield
+        finally:
+            self.patient = before
 
     def echo(self, argv, why=""):
         """Print a command before it runs, as one would type it."""
@@ -991,7 +1010,7 @@ def take_back_lane(kind, where, group):
     left = []
     for argv in group:
         done, said = run_lane(kind, [argv])
-        if not done and not GONE.search(said):
+        if done < 1 and not GONE.search(said):
             left.append("%s: %s" % (shown(argv), said.strip()))
     return left
 
@@ -1331,8 +1350,8 @@ def record_names(world):
 
 
 def host_interfaces():
-    """Names of the network interfaces here, without asking anyone: /proc/net/dev is of the reader's namespace."""
-    with open("/proc/net/dev") as table:
+    """Names of the network interfaces in the calling thread's namespace, without asking anyone."""
+    with open("/proc/thread-self/net/dev", errors="replace") as table:
         return [line.split(":")[0].strip() for line in list(table)[2:]]
 
 
@@ -1546,13 +1565,12 @@ class Control:
         for name in reversed(touched):
             self.store.drop(name, "intent")
         vpcs = [old[name] for name in touched if name in old]
-        stopped, self.run.stopped_by = self.run.stopped_by, 0
         try:
-            if revive_apps(self, vpcs):
-                self.store.save(vpcs)
-        except (Problem, Failure, Interrupted, OSError) as trouble:
+            with self.run.patience():
+                if revive_apps(self, vpcs):
+                    self.store.save(vpcs)
+        except (Problem, Failure, OSError) as trouble:
             self.note("%s; `vpcctl restore` starts it again" % trouble)
-        self.run.stopped_by = self.run.stopped_by or stopped
 
 
 def as_found(step, blindly=False):
@@ -2210,7 +2228,7 @@ class Seen:
         self.facts, self.foreign, self.owned = set(), set(), {}
         self.policies = {}                        # namespace -> [(rule as printed, is it ours)]
         self.broken = {}                          # namespace -> why it could not be looked into
-        self.stale = set()                        # namespaces and cables that lead nowhere
+        self.stale = set()                        # namespaces and cables that lead nowhere, or not where they should
 
     def holds(self, step, any_content=False):
         """Whether a step's thing is there. With any_content, also if it is there with another content or place."""
@@ -2271,12 +2289,12 @@ def ask(*argv, has):
     """Ask a tool that prints JSON -> its entries that are not empty, each of which has the key `has`. Failure if the
     tool failed, or printed something else."""
     code, out, said = call(list(argv))
-    if code and not out:
+    if code < 0 or (code and not out):
         raise Failure(argv, said)
     # Before 5.0, ip told a route's type without a key, which is no JSON, and what a routing rule does by another key.
     fixed = re.sub(r'\{"(\w+)",', r'{"type":"\1",', out.replace('"to_tbl":', '"action":'))
-    try:
-        return [entry for entry in json.loads(fixed or "[]") if entry and entry[has] is not None]
+    try:                                          # a name may hold any character: ip prints some as they are
+        return [entry for entry in json.loads(fixed or "[]", strict=False) if entry and entry[has] is not None]
     except (ValueError, TypeError, LookupError, RecursionError):
         raise Failure(argv, NO_JSON + out[:80]) from None
 
@@ -2301,8 +2319,7 @@ def observe(world, inside_too=True, adopt=()):
     see_routes(seen)
     see_firewall(seen)
     if inside_too:
-        wanted = [subnet["ns"] for vpc in world.values() for subnet in vpc["subnets"]]
-        see_inside(seen, [space for space in wanted if space in spaces])
+        see_inside(seen, [subnet for vpc in world.values() for subnet in vpc["subnets"] if subnet["ns"] in spaces])
     return seen
 
 
@@ -2428,28 +2445,41 @@ def saved_rules():
 
 
 def parse_rules(text):
-    """What iptables-save prints -> table -> (chains, list of (chain, tuple of words))."""
+    """What iptables-save prints -> table -> (chains, list of (chain, tuple of words)). Failure if it says that it
+    cannot print a table, because somebody has put native rules of nft there."""
     tables, table = {}, None
-    for line in text.splitlines():
+    for line in printed_lines(text):
         if line.startswith("*"):
             table = tables.setdefault(line[1:].strip(), ([], []))
         elif line.startswith(":") and table:
-            table[0].append((line[1:].split()[0], line.split()[1]))
+            table[0].append(tuple(line[1:].split(" ")[:2]))
         elif line.startswith("-A") and table:
             words = rule_words(line)
             table[1].append((words[1], tuple(words[2:])))
+        elif line.startswith("# Table") and "is incompatible" in line:
+            raise Failure(("iptables-save",), line.lstrip("# "))
     return tables
 
 
+def printed_lines(text):
+    """The lines of what iptables-save prints: a comment in quotes may hold any character, line ends too."""
+    lines = iter(text.split("\n"))
+    for line in lines:
+        while '"' in line and re.sub(r"\\.", "", line, flags=re.S).count('"') % 2:
+            more = next(lines, None)
+            if more is None:
+                break
+            line += "\n" + more
+        yield line
+
+
 def rule_words(line):
-    """A printed rule's words; quotes are rare, so the slow splitter is used for those lines only."""
-    if '"' not in line:
-        return line.split()
-    simple = re.sub(r'"([^"\s\\]*)"', r"\1", line)
+    """A printed rule's words. Only a blank divides them, since names may hold what else counts as white space."""
+    simple = re.sub(r'"([^" \\]*)"', r"\1", line)
     if '"' not in simple:
-        return simple.split()
-    import shlex
-    return shlex.split(line)
+        return [word for word in simple.split(" ") if word]
+    found = re.findall(r'"((?:[^"\\]|\\.)*)"|([^ ]+)', line, re.S)
+    return [word or re.sub(r"\\(.)", r"\1", quoted, flags=re.S) for quoted, word in found]
 
 
 def comment_of(rule):
@@ -2497,15 +2527,19 @@ def comment_vpc(comment):
     return found.group(1) if found else None
 
 
-def see_inside(seen, spaces):
-    """Look into namespaces, side by side."""
-    for space, result in in_namespaces(spaces, look_inside).items():
+def see_inside(seen, subnets):
+    """Look into the namespaces of subnets, side by side."""
+    found = in_namespaces([subnet["ns"] for subnet in subnets], look_inside)
+    for subnet in subnets:
+        space, port, result = subnet["ns"], ("link", subnet["veth"] + "-b"), found[subnet["ns"]]
         if isinstance(result, Exception):
-            seen.broken[space] = str(result)
+            seen.broken[space] = f"`{shown(result.argv)}`: {result}" if isinstance(result, Failure) else str(result)
             continue
         facts, rules = result
         seen.facts.update(facts)
         seen.policies[space] = rules
+        if port in seen.facts and ("inside", space, "card", subnet["veth"] + "-a") not in facts:
+            seen.stale.add(port)                  # somebody inside has given the other end another name
 
 
 def policy_meaning(rules):
@@ -2516,12 +2550,13 @@ def policy_meaning(rules):
 
 def look_inside(space):
     """Called in a namespace -> (its facts, its rules: [(words, is it ours)])."""
-    facts = set()
+    facts = {("inside", space, "card", name) for name in host_interfaces()}
     for link in ask("ip", "-j", "-4", "addr", "show", has="ifname"):
         if "UP" in link.get("flags", ()):
             facts.add(("inside", space, "up", link["ifname"]))
         for address in link.get("addr_info", ()):
-            facts.add(("inside", space, "address", link["ifname"], "%s/%s" % (address["local"], address["prefixlen"])))
+            block = f"{address.get('local')}/{address.get('prefixlen')}"
+            facts.add(("inside", space, "address", link["ifname"], block))
     for route in ask("ip", "-j", "-4", "route", "show", has="dst"):
         facts.add(("inside", space, "route", route["dst"], route.get("gateway")))
     for key, _, _ in NS_SYSCTLS:
@@ -2535,8 +2570,12 @@ def seen_rules():
     if code:
         raise Failure(("iptables-save",), said)
     found = parse_rules(out).get("filter", ((), ()))[1]
-    return [((chain,) + rule, comment_of(rule).startswith("policy-")) for chain, rule in found
-            if chain in ("INPUT", "OUTPUT")]
+    return [((chain,) + rule, is_policy_rule(rule)) for chain, rule in found if chain in ("INPUT", "OUTPUT")]
+
+
+def is_policy_rule(rule):
+    """Whether a rule in a namespace is of its policy; what could not be put in again as it was printed is not."""
+    return comment_of(rule).startswith("policy-") and all(re.match(r"[\w./:,!-]+\Z", word, re.A) for word in rule)
 
 
 def seen_policy(space, rules):
@@ -2702,7 +2741,7 @@ def drop_unreadable(ctl, names):
 def delete_vpcs(ctl, names):
     """Delete VPCs together: programs, then all the rest in one go."""
     if ctl.is_unsound(names) and not ctl.dry_run:
-        mend(ctl, names, gone=names)              # look first: what is there is not what the records say
+        mend(ctl, names, names, strict=False)              # look first: what is there is not what the records say
         return [ctl.report("Deleted VPC: %s" % name) for name in names]
     new = ctl.copy()
     spaces = [subnet["ns"] for name in names for subnet in new[name]["subnets"]]
@@ -2727,7 +2766,7 @@ def forget_peer(ctl, name):
     changed = [other for other in new if new[other] != ctl.world[other]]
     if changed:
         ctl.change(new)
-        mend(ctl, changed)                        # the peer could not be read, so its part in this was not known
+        mend(ctl, changed, strict=False)          # the peer could not be read, so its part in this was not known
 
 
 @command("cleanup-all", "cleanup-all", changes=True)
@@ -2868,11 +2907,15 @@ def heal_first(ctl, names):
     unsound = sorted(set(ctl.is_unsound(names)) | set(ctl.intents))
     if unsound:
         ctl.note("first putting right what an interrupted change or a restart has left: %s" % ", ".join(unsound))
-        mend(ctl, unsound)
+        mend(ctl, unsound, strict=False)
 
 
-def mend(ctl, names, gone=()):
-    """Make the kernel match the records of some VPCs, finishing intents; `gone` are to go -> how much was amiss."""
+def mend(ctl, names, gone=(), strict=True):
+    """Make the kernel match the records of some VPCs, finishing intents; `gone` are to go -> how much was amiss.
+
+    The host's part is mended first, for all of them, so that nothing inside a namespace can keep it from that; then
+    each subnet. What could not be put right is raised in the end as a Problem, or is a note if not `strict`.
+    """
     new, broken_off = ctl.copy(), ctl.intents
     for name in broken_off:
         new[name] = broken_off[name]
@@ -2889,30 +2932,84 @@ def mend(ctl, names, gone=()):
     if seen.stale:
         ctl.run.transact(leftovers(seen, set(steps) | set(stale)), [])
         seen = look()
-    if seen.broken:
-        raise Problem("cannot look into namespace %s: %s" % sorted(seen.broken.items())[0], "", 3)
     removes, makes = mending(steps, stale, seen)
     end_stranded(ctl, [ctl.world[name] for name in sorted(names) if name in ctl.world])
     evict(ctl, [step.fact[1] for step in removes if step.fact[0] == "ns"])
-    ctl.run.transact(removes, makes)
+    host, parts = parted(makes, new, seen)
+    ctl.run.transact(removes, host)
+    with ctl.run.patience():
+        troubles = mend_subnets(ctl, parts) + unseen(new, seen)
+        started, touched = mend_records(ctl, new, names, troubles)
+    if strict and troubles:
+        raise Problem("; ".join(map(str, troubles)), troubles[0].hint, 3)
+    for problem in troubles:
+        ctl.note(f"{problem}; {problem.hint}" if problem.hint else str(problem))
+    return len(removes) + len(makes) + started + touched
+
+
+def parted(makes, world, seen):
+    """Pairs to make -> (those of the host, name of a subnet -> those of its namespace and its cable). Of a namespace
+    that could not be looked into only the cable, and that is not switched on."""
+    owners, host, parts = {}, [], {}
+    for vpc in world.values():
+        for subnet in vpc["subnets"]:
+            owner = f"{vpc['name']}/{subnet['name']}", subnet["ns"]
+            owners["ns", subnet["ns"]] = owners["link", subnet["veth"] + "-b"] = owner
+    for pair in makes:
+        step = pair[1]
+        name, space = owners.get(step.fact) or owners.get(step.holder) or (None, None)
+        if not name:
+            host.append(pair)
+        elif space not in seen.broken or step.phase not in (INSIDE, PLUG):
+            parts.setdefault(name, []).append(pair)
+    return host, parts
+
+
+ANEW = "all else was put right; deleting and adding that subnet makes it anew, and ends what runs in it"
+
+
+def unseen(world, seen):
+    """A Problem for each subnet whose namespace could not be looked into. It is not made anew: that would end the
+    programs in it, and what somebody has put there may be meant."""
+    return [Problem(f"could not look into subnet {vpc['name']}/{subnet['name']}: {seen.broken[subnet['ns']]}", ANEW, 3)
+            for vpc in world.values()
+            for subnet in vpc["subnets"]
+            if subnet["ns"] in seen.broken]
+
+
+def mend_subnets(ctl, parts):
+    """Make what is missing of subnets: side by side, or, if that fails, each by itself -> a Problem for each that
+    could not be put right."""
+    try:
+        ctl.run.transact([], [pair for part in parts.values() for pair in part])
+        return []
+    except (Problem, OSError) as trouble:
+        if len(parts) == 1:
+            return [Problem(f"could not put right subnet {name}: {trouble}", ANEW, 3) for name in parts]
+        ctl.note(f"{trouble}; once more, each subnet by itself")
+    return [problem for name in parts for problem in mend_subnets(ctl, {name: parts[name]})]
+
+
+def mend_records(ctl, new, names, troubles):
+    """When the kernel matches: programs, then records; `troubles` receives a Problem for each program that does not
+    start -> (how many were started, how many records changed)."""
     note_lost(ctl, new)
     for name in sorted(names):
         kept = [(app["subnet"], app["port"]) for app in (new.get(name) or {"apps": ()})["apps"]]
         for app in (ctl.world.get(name) or {"apps": ()})["apps"]:
             if (app["subnet"], app["port"]) not in kept and is_alive(app):
                 halt(ctl, app)
-    troubles = []
-    started = revive_apps(ctl, [new[name] for name in sorted(names) if name in new], troubles)
-    for name, app, problem in troubles:
-        if not app["start"]:                      # its deployment was cut short, and it never ran
+    silent = []
+    started = revive_apps(ctl, [new[name] for name in sorted(names) if name in new], silent)
+    for name, app, problem in silent:
+        if app["start"]:
+            troubles.append(problem)
+        else:                                     # its deployment was cut short, and it never ran
             new[name]["apps"].remove(app)
             ctl.note("%s; taken out of the record" % problem)
     touched = [name for name in sorted(set(new) | set(ctl.world)) if new.get(name) != ctl.world.get(name)]
-    ctl.finish(set(touched) | set(broken_off), new)
-    for _, app, problem in troubles:
-        if app["start"]:
-            raise problem
-    return len(removes) + len(makes) + started + len(touched)
+    ctl.finish(set(touched) | set(ctl.intents), new)
+    return started, len(touched)
 
 
 def settle_peers(world, damaged=()):
@@ -4307,7 +4404,7 @@ def look_for_drift(ctl):
             told.add(fact)
             if fact in seen.foreign:
                 findings.append((name, "not ours", describe(step)))
-            elif not (fact[0] == "inside" and fact[1] in seen.broken):
+            elif not (fact[0] in ("inside", "policy") and fact[1] in seen.broken):
                 kind = "changed" if seen.holds(step, any_content=True) else "missing"
                 findings.append((name, kind, describe(step)))
         findings += [(name, "missing", "app on port %d in subnet %s" % (app["port"], app["subnet"]))

@@ -1,0 +1,127 @@
+"""A hostile root inside a subnet makes a mess of its own namespace: everybody else is put right in spite of it."""
+
+import os
+import unittest
+
+from packets import Probe, check, echoing, settle, ways
+from support import SandboxTest, find_program, in_ns, run, subnet, vpcctl
+
+SPACE = "ns-blue-b1"
+
+
+def inside(*argv, **options):
+    """Run a command in the hostile namespace; it has to work."""
+    result = in_ns(SPACE, argv, **options)
+    if result.code:
+        raise AssertionError(str(result))
+
+
+class HostileTest(SandboxTest):
+    """blue has b1 (hostile) and b2, red has r1 and r2; the host has a service on port 7."""
+
+    def setUp(self):
+        SandboxTest.setUp(self)
+        for number, vpc in ((1, "blue"), (2, "red")):
+            vpcctl("create", vpc, "--cidr", "10.%d.0.0/16" % number)
+            for place in (1, 2):
+                vpcctl("add-subnet", vpc, "%s%d" % (vpc[0], place), "--cidr", "10.%d.%d.0/24" % (number, place))
+        self.card = subnet("blue", "b1")["veth"] + "-a"
+
+    def ways(self, host_is_open):
+        """Everybody but b1, in and between VPCs, and whether a subnet gets at the host's service."""
+        return (ways(True, "ns-red-r1", "10.2.2.2") + ways(True, None, "10.1.2.2")
+                + [Probe(host_is_open, "ns-red-r1", "tcp", "192.0.2.2"), Probe(host_is_open, "ns-blue-b2", "tcp", "192.0.2.2")]
+                + ways(False, "ns-red-r1", "10.1.2.2") + ways(False, "ns-blue-b2", "10.2.1.2"))
+
+    def survives(self, made_anew):
+        """The host's firewall is lost: `restore` brings it back, names b1 (unless that could be put right, too), and
+        nobody else is held up."""
+        for table in ("filter", "raw"):
+            settle("iptables", "-t", table, "-F")
+        with echoing(None, "ns-blue-b2", "ns-red-r1", "ns-red-r2"):
+            check(self, self.ways(True), "without a firewall")
+            restored = vpcctl("restore", code=0 if made_anew else 3)
+            check(self, self.ways(False), "restored")
+        found = vpcctl("verify", code=0 if made_anew else 1).out
+        if made_anew:
+            with echoing(SPACE):
+                check(self, ways(True, "ns-blue-b2", "10.1.1.2"), "b1 itself")
+        else:
+            self.assertIn("blue/b1", restored.err)
+            self.assertEqual([line for line in found.splitlines() if line.startswith("  ") and "blue-b1" not in line], [], found)
+        vpcctl("add-subnet", "red", "r3", "--cidr", "10.2.3.0/24")
+        vpcctl("delete-subnet", "red", "r3")
+        vpcctl("add-subnet", "blue", "b3", "--cidr", "10.1.3.0/24")
+        settle("ip", "link", "del", "br-red")           # healed before a change, in spite of b1
+        vpcctl("add-subnet", "red", "r4", "--cidr", "10.2.4.0/24")
+        vpcctl("delete-subnet", "blue", "b1")
+        vpcctl("add-subnet", "blue", "b1", "--cidr", "10.1.1.0/24")
+        self.assertEqual(vpcctl("verify").code, 0)
+
+    def goes(self):
+        """What the mess leaves of the VPC can be deleted."""
+        settle("iptables", "-F")
+        vpcctl("delete", "blue")
+        vpcctl("cleanup-all")
+        self.assert_as_before()
+
+    def rename(self):
+        for words in ("set %s down" % self.card, "set %s name evil0" % self.card, "set evil0 up"):
+            settle("ip", "-n", SPACE, "link", *words.split())
+
+    def test_a_renamed_card(self):
+        self.rename()
+        self.survives(made_anew=True)
+
+    def test_a_deleted_card(self):
+        settle("ip", "-n", SPACE, "link", "del", self.card)
+        self.survives(made_anew=True)
+
+    def test_a_card_in_another_namespace(self):
+        settle("ip", "netns", "add", "away")
+        try:
+            settle("ip", "-n", SPACE, "link", "set", self.card, "netns", "away")
+            self.survives(made_anew=True)
+        finally:
+            settle("ip", "netns", "del", "away")
+
+    def test_another_interface_with_the_cards_name(self):
+        """A cable cannot be put in: it is named, and nothing else is."""
+        self.rename()
+        settle("ip", "-n", SPACE, "link", "add", self.card, "type", "bridge")
+        settle("ip", "link", "del", subnet("blue", "b1")["veth"] + "-b")
+        self.survives(made_anew=False)
+
+    def test_names_and_comments_with_odd_characters(self):
+        inside("iptables", "-I", "INPUT", "-m", "comment", "--comment", "one\n-A INPUT \"two'\\\x1c\u2028", "-j", "ACCEPT")
+        inside("iptables", "-A", "INPUT", "-i", "a'b", "-m", "comment", "--comment", "policy-a b", "-j", "ACCEPT")
+        inside("iptables", "-A", "OUTPUT", "-o", b"a\xff\xc2\x85", "-j", "ACCEPT")
+        inside("iptables", "-N", b"chain\xff\xc2\x85")
+        inside("ip", "link", "add", b"w\xff\x01\"", "type", "bridge")
+        inside("ip", "addr", "add", "10.99.0.1/24", "dev", b"w\xff\x01\"")
+        inside("ip", "link", "set", b"w\xff\x01\"", "up")
+        self.survives(made_anew=True)
+
+    def test_thirty_thousand_rules(self):
+        inside("iptables-restore", "--noflush", input="*filter\n%sCOMMIT\n" % "".join(
+            '-A INPUT -s 10.9.%d.%d -m comment --comment "policy- %d" -j DROP\n' % (number >> 8, number & 255, number)
+            for number in range(30000)))
+        self.survives(made_anew=True)
+
+    @unittest.skipUnless(find_program("nft"), "nft is not installed")
+    @unittest.skipIf(os.path.realpath(find_program("iptables") or "").endswith("legacy-multi"), "iptables-legacy sees no rules of nft")
+    def test_native_rules(self):
+        """What iptables cannot print cannot be compared: it is named, and left."""
+        inside("nft", "add rule ip filter INPUT numgen inc mod 2 0 drop")
+        self.survives(made_anew=False)
+
+    def test_deleted_with_all_its_mess(self):
+        self.rename()
+        inside("iptables", "-I", "INPUT", "-m", "comment", "--comment", "one\ntwo", "-j", "ACCEPT")
+        if find_program("nft"):
+            inside("nft", "add rule ip filter INPUT numgen inc mod 2 0 drop")
+        self.goes()
+
+
+if __name__ == "__main__":
+    unittest.main()
