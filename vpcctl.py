@@ -1,11 +1,17 @@
 #!/bin/sh
-# The shell reads the next statement and starts Python on this file as a module, whose compiled form Python keeps in
-# __pycache__: half of a short command's time is compiling. Python itself reads it as a text that means nothing. The
-# umask is set before Python writes that form: root's own may be open to everybody, or closed to what apps must read.
+# The shell reads the next two statements, which Python takes for texts without a meaning. It leaves folders out of PATH
+# that depend on where one is, and starts Python on this file as a module, whose compiled form Python keeps in
+# __pycache__: half of a short command's time is compiling. Not where others than the file's owner can write beside it:
+# what lies there is then neither read nor run. The umask is set before Python writes that form: root's own may be open
+# to everybody, or closed to what apps must read.
+"eval" 'p=; set -f; IFS=:; for d in $PATH; do case $d in /*) p=$p$d:;; esac; done; unset IFS; set +f; '\
+'PATH=${p:-/usr/bin:/bin:}/usr/sbin:/sbin'
 "exec" "python3" "-ISc" "import sys, os, os.path as o; u = os.umask(18); p = o.realpath(sys.argv[1]);"\
-" sys.argv[:] = [p] + sys.argv[2:]; sys.path.insert(0, o.dirname(p));"\
-" __import__('vpcctl').start(u) if p.endswith('/vpcctl.py') else"\
-" __import__('runpy').run_path(p, None, '__main__')" "$0" "$@"
+" d = o.dirname(p); sys.argv[:] = [p] + sys.argv[2:]; sys.path.append(d);"\
+" near = map(os.stat, filter(o.exists, (d, d + '/__pycache__'))); own = {0, os.getuid(), os.stat(p).st_uid};"\
+" safe = all(s.st_uid in own and not s.st_mode & 18 for s in near);"\
+" __import__('vpcctl').start(u) if p.endswith('/vpcctl.py') and safe else"\
+" __import__('runpy').run_path(p, {'umask': u}, '__main__')" "$0" "$@"
 __doc__ = """vpcctl - a cloud network (VPC) on the machine in front of you, from Linux's own parts.
 
         VPC blog 10.20.0.0/16                               the host
@@ -24,11 +30,14 @@ one sees it, and the reason. Plans are lists of steps; create, delete, restore, 
 Exit codes: 0 done, or the answer is yes; 1 the answer is no; 2 refused input; 3 a command failed and what was
 done was taken back; 4 the machine lacks something; 130/143 stopped by a signal.
 """
+import os
+import sys
+if __name__ == "__main__":                        # called as `python3 vpcctl.py`: what lies beside it is no part of it
+    sys.path[:] = [folder for folder in sys.path
+                   if os.path.realpath(folder) != os.path.dirname(os.path.realpath(__file__))]
 import argparse
 import json
-import os
 import re
-import sys
 from collections import namedtuple
 from functools import lru_cache
 from contextlib import contextmanager
@@ -39,6 +48,9 @@ PROTOCOL = "118"                  # our mark on routes and routing rules
 FENCE_TABLE = "7000"              # unreachable for every VPC's range: read by VPCs with NAT, after their own table
 FIRST_TABLE = 7001                # route tables of VPCs
 PREF_OWN, PREF_FENCE, PREF_OUT, PREF_END, PREF_VOID, PREF_IN, PREF_SHUT = (str(7000 + n) for n in range(1, 8))
+# Where no router sends anything: this network, loopback, link-local (a cloud host's metadata service), multicast and
+# what is reserved.
+UNROUTED = ("0.0.0.0/8", "127.0.0.0/8", "169.254.0.0/16", "224.0.0.0/3")
 MARK_BITS, MARK_SALT = 12, (1 << 12) - 1
 NETNS_DIR, ETC_NETNS, RUN_DIR = "/run/netns", "/etc/netns", "/run/vpcctl"
 NOBODY = 65534
@@ -340,11 +352,17 @@ def find_tool(tool):
     with compressors and archives: 3 ms of every change.)"""
     if "/" in tool:
         return tool if os.access(tool, os.X_OK) else None
-    for folder in os.environ.get("PATH", os.defpath).split(":") + ["/usr/sbin", "/sbin"]:
+    for folder in search_path():
         path = os.path.join(folder, tool)
         if os.access(path, os.X_OK) and not os.path.isdir(path):
             return path
     return None
+
+
+def search_path():
+    """Where programs are looked for: PATH without the folders that depend on where one is, and the system's own."""
+    folders = [folder for folder in os.environ.get("PATH", os.defpath).split(":") if folder.startswith("/")]
+    return folders + [folder for folder in ("/usr/sbin", "/sbin") if folder not in folders]
 
 
 def missing_tool(tool):
@@ -1653,13 +1671,15 @@ def resources(world, compared=None):
                 found["peer", name, peer["peer_vpc"]] = (
                     (base, vpc_base(other), peer), (plan_peering, (vpc, other, peer)))
         found["names", name] = (name_data(world, vpc), render_resolv(vpc)), (plan_names, (world, vpc))
+    if world:
+        found["unrouted", ""] = UNROUTED, (plan_unrouted, ())
     if ways:
         found["forwarding", ""] = forwarding_data(world, ways["forwarding"]), (plan_forwarding, (world, ways["forwarding"]))
     return {key: found[key] for key in sorted(found, key=lambda key: RANK.index(key[0]))}
 
 
 # A resource comes after those it stands on: a peering's rules go into chains of both VPCs.
-RANK = ("vpc", "subnet", "policy", "forwarding", "nat", "published", "peer", "names")
+RANK = ("unrouted", "vpc", "subnet", "policy", "forwarding", "nat", "published", "peer", "names")
 
 
 def changed_subnets(vpc, other):
@@ -1680,9 +1700,8 @@ def plan(world, names=None):
     """Every step of a world, or of what belongs to some VPCs of it: fact -> step."""
     steps = {}
     for key, (_, (function, arguments)) in resources(world).items():
-        if names is not None and key[0] != "forwarding" and key[1] not in names and not (
-                key[0] == "peer" and key[2] in names):
-            continue
+        if names is not None and key[1] and key[1] not in names and not (key[0] == "peer" and key[2] in names):
+            continue                              # what is of no VPC is of all
         for step in function(*arguments):
             steps.setdefault(step.fact, step)
     return steps
@@ -1767,10 +1786,7 @@ def plan_switch(vpc):
         conf("ipv4", "arp_ignore", "1", "answer only for addresses of this switch"),
         conf("ipv4", "send_redirects", "0", "everything goes through the gateway"),
         route_step(cidr, bridge, table, "the VPC's own range, in its own routing table", link),
-        Step(ROUTE, ("route", FENCE_TABLE, cidr, "unreachable"),
-             "ip route add unreachable %s table %s proto %s" % (cidr, FENCE_TABLE, PROTOCOL),
-             "ip route del unreachable %s table %s proto %s" % (cidr, FENCE_TABLE, PROTOCOL),
-             "no way here for other VPCs"),
+        fence_step(cidr, "no way here for other VPCs"),
         lookup_step(PREF_OWN, bridge, "lookup %d" % table, "what comes from this VPC asks this VPC's table"),
         lookup_step(PREF_FENCE, bridge, "lookup " + FENCE_TABLE, "other VPCs stay out of reach", "from " + cidr),
         lookup_step(PREF_END, bridge, "unreachable", "and where no table knows a way, there is none", "from " + cidr),
@@ -1804,7 +1820,9 @@ def plan_chains(vpc):
         rule_step(guard, ("-j", "DROP"), "nothing else", place="last", mark=mark, holder=held[guard]),
         rule_step(guard, ("-j", sources), "senders are who they say they are", place="first", mark=mark,
                   holder=held[guard]),
-        rule_step(guard, REPLIES + ("-j", "ACCEPT"), "answers to the host", mark=mark, holder=held[guard]),
+        # An ICMP error counts as a reply of the connection that it quotes: not of one with somebody else.
+        rule_step(guard, REPLIES + ("--ctorigdst", cidr, "-j", "ACCEPT"), "answers to what the host opened to the VPC",
+                  mark=mark, holder=held[guard]),
         rule_step(guard, ("-s", cidr, "-d", cidr, "-p", "icmp", "--icmp-type", "8", "-j", "ACCEPT"),
                   "a gateway answers ping", mark=mark, holder=held[guard]),
         jump_step("FORWARD", ("-o", bridge, "-j", chain), "what goes to the VPC", mark),
@@ -1832,6 +1850,17 @@ def route_step(block, device, table, why, holder):
     return Step(ROUTE, ("route", str(table), block, device),
                 "ip route add %s dev %s table %s proto %s" % (block, device, table, PROTOCOL),
                 "ip route del %s dev %s table %s proto %s" % (block, device, table, PROTOCOL), why, holder)
+
+
+def fence_step(block, why):
+    """A block that no VPC with NAT reaches by the host's own routes."""
+    words = f"unreachable {block} table {FENCE_TABLE} proto {PROTOCOL}"
+    return Step(ROUTE, ("route", FENCE_TABLE, block, "unreachable"), "ip route add " + words, "ip route del " + words, why)
+
+
+def plan_unrouted():
+    """What no VPC reaches outside, whatever the host's default route is."""
+    return [fence_step(block, "no address of a network out there") for block in UNROUTED]
 
 
 def lookup_step(pref, device, action, why, selector=""):
@@ -1967,12 +1996,15 @@ def plan_nat(vpc):
             rule_step("POSTROUTING", ("-s", block, "-o", uplink, "-j", "MASQUERADE"), "leave with the host's address",
                       "nat", "append", "vpcctl-nat-" + name),
             # SNAT: already masqueraded. What conntrack calls INVALID is never, and would leave with its own address.
+            # An ICMP error counts as of the connection that it quotes: it must be one of these sources.
             rule_step(chain, ("-s", block, "-i", bridge, "-o", uplink, "-m", "conntrack", "--ctstate", "NEW,SNAT",
-                              "-j", "ACCEPT"), "out to the internet", mark=mark, holder=held),
+                              "--ctorigsrc", block, "-j", "ACCEPT"), "out to the internet", mark=mark, holder=held),
             rule_step(chain, ("-d", block, "-i", uplink, "-o", bridge) + REPLIES + ("-j", "ACCEPT"),
                       "and the answers back", mark=mark, holder=held),
         ]
-    return steps
+    # The fence has them, too; here they are asked for whatever the order of the rules in FORWARD.
+    return steps + [rule_step("FORWARD", ("-d", block, "-i", bridge, "-j", "DROP"), "no address of a network out there",
+                              "mangle", "append", mark) for block in UNROUTED]
 
 
 def file_step(vpc_name, file, text, why):
@@ -2007,15 +2039,34 @@ def plan_forwarding(world, vpcs):
         key, absent = link_conf("ipv4", device, "forwarding"), "the interface is not there"
         steps.append(forward_step(key, "1", "the way out", [("sysctl", "-w", key + "=0")], absent) if device in uplinks
                      else forward_step(key, "0", "as before: only the uplink passes packets on", (), absent))
+    return steps + plan_guard(uplinks) + plan_rest(forward, uplinks)
+
+
+def plan_guard(uplinks):
+    """Before everybody's rules in FORWARD: strangers do not enter by an uplink."""
     guard, held = "vpcctl-guard", ("chain", "filter", "vpcctl-guard")
-    steps.append(chain_step(guard, "the host was no router before: strangers do not get through it"))
+    steps = [chain_step(guard, "the host was no router before: strangers do not get through it")]
     for uplink in uplinks:
         steps += [
-            rule_step(guard, ("-i", uplink, "-m", "conntrack", "--ctstate", "RELATED,ESTABLISHED,DNAT", "-j", "RETURN"),
+            # Translated, rather than RELATED: an ICMP error about a connection of the host's own would pass as that.
+            rule_step(guard, ("-i", uplink, "-m", "conntrack", "--ctstate", "ESTABLISHED,SNAT,DNAT", "-j", "RETURN"),
                       "answers, and what was published", place="prepend", holder=held),
             rule_step(guard, ("-i", uplink, "-j", "DROP"), "nothing else enters by the uplink", place="append",
                       holder=held)]
     return steps + [jump_step("FORWARD", ("-j", guard), "the host was no router before", "vpcctl")]
+
+
+def plan_rest(forward, uplinks):
+    """Behind everybody's rules in FORWARD: what none of them has accepted is dropped, so that an interface that comes
+    later passes packets on only where its own program says so."""
+    rest, held = "vpcctl-rest", ("chain", "filter", "vpcctl-rest")
+    before = [("-i", device) for device in forward.get("kept_on", ()) if device not in uplinks and device != "lo"]
+    # With br_netfilter, frames that only cross a bridge are asked here, too.
+    before += [("-i", device, "-o", device) for device in forward["kept_off"] if device not in uplinks and device != "lo"]
+    return [chain_step(rest, "what no rule has accepted"),
+            rule_step(rest, ("-j", "DROP"), "the host was no router before", place="last", holder=held)] + [
+        rule_step(rest, words + ("-j", "RETURN"), "as before", place="prepend", holder=held) for words in before] + [
+        rule_step("FORWARD", ("-j", rest), "what no rule has accepted", place="last")]
 
 
 def forward_step(key, value, why, undo=(), optional=""):
@@ -2437,7 +2488,7 @@ def saved_rules():
     it is asked for those that we use."""
     code, out, said = call(["iptables-save"])
     if code and "Permission denied" in said:
-        answers = [call(["iptables-save", "-t", table]) for table in ("filter", "nat", "raw")]
+        answers = [call(["iptables-save", "-t", table]) for table in ("filter", "nat", "raw", "mangle")]
         code, out, said = max(code for code, _, _ in answers), "".join(out for _, out, _ in answers), answers[0][2]
     if code:
         raise Failure(("iptables-save",), said)
@@ -2475,7 +2526,7 @@ def printed_lines(text):
 
 def rule_words(line):
     """A printed rule's words. Only a blank divides them, since names may hold what else counts as white space."""
-    simple = re.sub(r'"([^" \\]*)"', r"\1", line)
+    simple = re.sub(r'"([^" \\]+)"', r"\1", line)
     if '"' not in simple:
         return [word for word in simple.split(" ") if word]
     found = re.findall(r'"((?:[^"\\]|\\.)*)"|([^ ]+)', line, re.S)
@@ -4809,8 +4860,9 @@ def route_hop(flow):
             return hop(True, "%s is a listed block of peer %s" % (block, flow.far["name"]))
         why = "no listed block of peer %s holds %s" if peer else "not peered with %s, whose range holds %s"
         return hop(False, why % (flow.far["name"], address) + ": unreachable", peer_remedy(flow))
-    if int(address.split(".")[0]) in range(224, 240) or address == "255.255.255.255":
-        return hop(False, "multicast and broadcast are not routed", "nothing does, by design")
+    block = next((block for block in UNROUTED if ip_inside(address, block)), None)
+    if block:
+        return hop(False, f"{address} is in {block}, which is no network out there: unreachable", "nothing does, by design")
     if not nat:
         return hop(False, "%s is outside and there is no NAT: unreachable" % address,
                    "vpcctl enable-nat %s" % home["name"])
@@ -5180,9 +5232,30 @@ Type   exit   to end it: every VPC, process and network in it is gone then.
 """
 SANDBOX_SUDO = """\
 #!/bin/sh
-# in the sandbox one is root already
-while case "$1" in -E|-H|-n|--) true;; *) false;; esac; do shift; done
-exec env "$@"
+# in the sandbox one is root already, and can be another user where there are others
+user=root group=
+refuse() { echo "sudo: in the sandbox, $*" >&2; exit 1; }
+while case "$1" in
+    -u|--user) [ $# -gt 1 ] || refuse "$1 needs a user"; user=$2; shift;;
+    -g|--group) [ $# -gt 1 ] || refuse "$1 needs a group"; group=$2; shift;;
+    --user=*) user=${1#*=};;
+    --group=*) group=${1#*=};;
+    -u*) user=${1#-u};;
+    -g*) group=${1#-g};;
+    -E|-H|-n|--preserve-env|--set-home|--non-interactive) ;;
+    --) shift; false;;
+    -*) refuse "the option $1 is not known; -u USER, -g GROUP, -E, -H and -n are";;
+    *) false;;
+esac; do shift; done
+[ $# -gt 0 ] || refuse "a command is missing: sudo [-u USER] [-g GROUP] COMMAND"
+[ "$user$group" = root ] && exec env "$@"
+uid=$(id -u "$user" 2>/dev/null) || refuse "there is no user '$user'"
+gid=$(id -g "$user")
+[ -z "$group" ] || gid=$(getent group "$group" | cut -d: -f3)
+[ -n "$gid" ] || refuse "there is no group '$group'"
+setpriv --reuid="$uid" --regid="$gid" --init-groups true 2>/dev/null ||
+    refuse "there is no other user than root, since an ordinary user started it (sudo vpcctl sandbox has all)"
+exec setpriv --reuid="$uid" --regid="$gid" --init-groups env "$@"
 """
 
 
@@ -5205,7 +5278,7 @@ def sandbox_first(ctl, args):
 
 def sandbox_argv(script, command, root):
     """Return the command line that starts `command` (empty: a shell) in new namespaces."""
-    argv = ["unshare", "--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
+    argv = ["unshare", "--net", "--mount", "--uts", "--ipc", "--pid", "--fork", "--kill-child", "--mount-proc"]
     if not root:
         argv += ["--user", "--map-root-user"]   # root in there, and nothing but oneself outside
     return argv + own_command(script) + ["__sandbox-init", "--"] + command
@@ -5214,9 +5287,9 @@ def sandbox_argv(script, command, root):
 def own_command(script):
     """Return the command line that starts this very file again, with the Python that runs it now."""
     python, folder = sys.executable or "python3", os.path.dirname(script)
-    if os.path.basename(script) != "vpcctl.py":
-        return [python, script]
-    return [python, "-ISc", "import os, sys; u = os.umask(18); sys.path.insert(0, %r); import vpcctl; vpcctl.start(u)"
+    if __name__ != "vpcctl":                      # it was not started as a module, and perhaps for a reason
+        return [python, "-IS", script]
+    return [python, "-ISc", "import os, sys; u = os.umask(18); sys.path.append(%r); import vpcctl; vpcctl.start(u)"
             % folder]
 
 
@@ -5278,14 +5351,11 @@ def take_terminal_back():
 
 def check_sandbox_tools():
     """Raise Problem (4) with the package's name if a program that the sandbox needs is missing."""
-    path = os.environ.get("PATH", os.defpath)
-    path += "".join(":" + folder for folder in ("/usr/sbin", "/sbin") if folder not in path.split(":"))
     for program, package in (("unshare", "util-linux"), ("mount", "util-linux or mount"),
                              ("ip", "iproute2 (on RHEL: iproute)")):
         if not find_tool(program):
             raise Problem("the sandbox needs '%s', which is not installed" % program,
                           hint="install the package %s" % package, code=4)
-    os.environ["PATH"] = path
 
 
 def sandbox_refused():
@@ -5324,6 +5394,7 @@ def sandbox_init(command, umask):
     line.send(b"+")
     wanted = {getattr(signal, name) for name in SANDBOX_SIGNALS}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, wanted)
+    socket.sethostname("sandbox")
     sandbox_mounts()
     sandbox_internet(before)
     argv = sandbox_environment(command)
@@ -5831,6 +5902,7 @@ def parse(words, parser=None):
 
 def main(words=None, umask=UMASK):
     """Run one command line, and see that its output got out -> exit code. `umask`: what the user's programs get."""
+    os.environ["PATH"] = ":".join(search_path())
     try:
         code = obey(sys.argv[1:] if words is None else words, umask)
     except SystemExit as end:                     # argparse, after --help and --version
@@ -5899,7 +5971,6 @@ def need_root():
 
 def need_tools():
     """Problem 4 if a system tool is missing."""
-    os.environ["PATH"] = os.environ.get("PATH", "/usr/bin:/bin") + ":/usr/sbin:/sbin"
     for tool in ("ip", "bridge", "iptables", "iptables-restore"):
         if not find_tool(tool):
             raise missing_tool(tool)
@@ -5948,4 +6019,4 @@ def start(umask=None):
 
 
 if __name__ == "__main__":
-    start()
+    start(globals().get("umask"))

@@ -1,10 +1,15 @@
 """A hostile root inside a subnet makes a mess of its own namespace: everybody else is put right in spite of it."""
 
+import importlib.util
+import marshal
 import os
+import shutil
+import struct
+import sys
 import unittest
 
 from packets import Probe, check, echoing, settle, ways
-from support import SandboxTest, find_program, in_ns, run, subnet, vpcctl
+from support import SandboxTest, VPCCTL, find_program, in_ns, run, subnet, vpcctl
 
 SPACE = "ns-blue-b1"
 
@@ -121,6 +126,110 @@ class HostileTest(SandboxTest):
         if find_program("nft"):
             inside("nft", "add rule ip filter INPUT numgen inc mod 2 0 drop")
         self.goes()
+
+
+class FolderTest(SandboxTest):
+    """What others may write decides nothing: the script's folder, its __pycache__, PATH with folders that depend on
+    where one is."""
+
+    def setUp(self):
+        SandboxTest.setUp(self)
+        self.marker = self.file("marker", "")
+        self.folder = os.path.join(os.path.dirname(self.marker), "copy")
+        self.script = os.path.join(self.folder, "vpcctl.py")
+        os.mkdir(self.folder, 0o755)
+        shutil.copy(VPCCTL, self.script)
+        os.chmod(self.script, 0o755)
+        self.evil = "open(%r, 'a').write('planted')\n" % self.marker
+        # so that the script starts the Python whose compiled form is planted
+        self.env = {"PATH": os.path.dirname(sys.executable) + ":/usr/sbin:/usr/bin:/sbin:/bin"}
+
+    def planted(self):
+        """Whether something planted has run since last asked."""
+        with open(self.marker, "r+") as handle:
+            found = handle.read()
+            handle.truncate(0)
+        return bool(found)
+
+    def plant_compiled(self):
+        """A compiled form that Python takes for the script's own."""
+        cache, stat = importlib.util.cache_from_source(self.script), os.stat(self.script)
+        os.makedirs(os.path.dirname(cache), 0o755, exist_ok=True)
+        code = compile(self.evil + "def start(*_):\n    raise SystemExit(0)\n", self.script, "exec")
+        with open(cache, "wb") as handle:
+            handle.write(importlib.util.MAGIC_NUMBER + bytes(4 if sys.version_info >= (3, 7) else 0)
+                         + struct.pack("<LL", int(stat.st_mtime), stat.st_size) + marshal.dumps(code))
+
+    def call(self, *argv):
+        """Run the copy, as a command or otherwise, and see that it does its work."""
+        result = run(list(argv or [self.script]) + ["--version"], env=self.env)
+        self.assertEqual((result.code, result.err), (0, ""), result)
+        return result.out
+
+    def test_modules_beside_the_script(self):
+        for name in ("json.py", "argparse.py", "re.py", "collections.py", "functools.py", "runpy.py", "gc.py"):
+            with open(os.path.join(self.folder, name), "w") as handle:
+                handle.write(self.evil)
+        for mode in (0o755, 0o777):
+            os.chmod(self.folder, mode)
+            for argv in ([self.script], [sys.executable, self.script], [sys.executable, "-I", self.script]):
+                with self.subTest(mode=oct(mode), argv=argv):
+                    self.assertIn("vpcctl", self.call(*argv))
+                    self.assertFalse(self.planted())
+
+    def test_a_planted_compiled_form(self):
+        self.plant_compiled()
+        self.call()
+        self.assertTrue(self.planted(), "the control: Python takes it, where nobody but the owner can have put it there")
+        for path in (self.folder, os.path.join(self.folder, "__pycache__")):
+            for mode in (0o777, 0o775, 0o1777):
+                with self.subTest(path=path, mode=oct(mode)):
+                    os.chmod(path, mode)
+                    self.assertIn("vpcctl", self.call())
+                    self.assertFalse(self.planted())
+            os.chmod(path, 0o755)
+        self.call()
+        self.assertTrue(self.planted())
+
+    @unittest.skipIf(os.path.exists("/proc/self/uid_map") and open("/proc/self/uid_map").read().split()[2] == "1",
+                     "there is no other user here")
+    def test_somebody_elses_folder(self):
+        self.plant_compiled()
+        os.chown(self.folder, 65534, 65534)
+        self.assertIn("vpcctl", self.call())
+        self.assertFalse(self.planted())
+        os.chown(self.script, 65534, 65534)           # who may write the script need not plant anything
+        self.call()
+        self.assertTrue(self.planted())
+
+    def test_no_compiled_form_is_left_where_others_write(self):
+        os.chmod(self.folder, 0o777)
+        self.call()
+        self.assertEqual(os.listdir(self.folder), ["vpcctl.py"])
+        os.chmod(self.folder, 0o755)
+        self.call()
+        self.assertIn("__pycache__", os.listdir(self.folder))
+
+    def test_programs_where_one_is(self):
+        """With "", "." or "bin" on PATH, no program of the current folder is run."""
+        here = os.path.join(os.path.dirname(self.marker), "here")
+        os.makedirs(here + "/bin")
+        for folder in (here, here + "/bin"):
+            for name in ("python3", "ip", "iptables", "iptables-save", "iptables-restore", "bridge", "setpriv"):
+                with open(os.path.join(folder, name), "w") as handle:
+                    handle.write("#!/bin/sh\necho planted >>%s\nexit 1\n" % self.marker)
+                os.chmod(os.path.join(folder, name), 0o755)
+        usual = self.env["PATH"]
+        for path in (":" + usual, ".:" + usual, "bin:" + usual, "./bin::" + usual):
+            for argv in ([self.script], [sys.executable, self.script]):
+                with self.subTest(path=path, argv=argv):
+                    for words in (["create", "blog", "--cidr", "10.20.0.0/16"], ["verify"], ["delete", "blog"]):
+                        result = run(argv + words, env={"PATH": path}, cwd=here)
+                        self.assertEqual(result.code, 0, result)
+                    self.assertFalse(self.planted())
+        with self.subTest("the control: an absolute one is used"):
+            run([sys.executable, self.script, "verify"], env={"PATH": here + ":" + usual}, cwd=here)
+            self.assertTrue(self.planted())
 
 
 if __name__ == "__main__":
