@@ -292,6 +292,7 @@ class Failure(Exception):
 
 
 GONE = re.compile(r"Cannot find device|No such (file|process|device)|does not exist|Cannot assign requested address|"
+                  r"Address not found|"
                   r"does a matching rule exist|No chain/target/match|Invalid argument: remove|RULE_DELETE failed|"
                   r"Cannot remove namespace file|not exist", re.I)
 
@@ -2365,31 +2366,29 @@ def observe(world, inside_too=True, adopt=()):
     """Look at the machine with a dozen questions -> Seen. `adopt`: names that an interrupted change of ours may have
     made without coming to mark them; they count as ours."""
     seen = Seen()
-    spaces = see_links(seen, set(adopt))
+    see_links(seen, set(adopt))
     see_addresses(seen)
     see_routes(seen)
     see_firewall(seen)
     if inside_too:
-        see_inside(seen, [subnet for vpc in world.values() for subnet in vpc["subnets"] if subnet["ns"] in spaces])
+        see_inside(seen, [subnet for vpc in world.values() for subnet in vpc["subnets"]])
     return seen
 
 
 def see_links(seen, adopt):
-    """Interfaces, bridge ports and namespaces -> the names of namespaces that are ours."""
-    spaces, by_id = set(), {}
+    """Interfaces, bridge ports and namespaces."""
+    by_id = {}
     for entry in ask("ip", "-j", "netns", "list", has="name"):
         name, number = entry.get("name", ""), entry.get("id")
         by_id[number] = name
         fact = ("ns", name)
         if is_marked(name, number):
             seen.facts.update((fact, ("ours", name)))
-            spaces.add(name)
             seen.owned[fact] = None, Step(SPACE, fact, (), "ip netns del " + name)
         elif not is_namespace(name):
             seen.stale.add(fact)
         elif name in adopt:
             seen.facts.add(fact)
-            spaces.add(name)
         else:
             seen.foreign.add(fact)
     for link in ask_links():
@@ -2397,7 +2396,6 @@ def see_links(seen, adopt):
     for entry in ask("bridge", "-j", "fdb", "show", has="mac"):
         if entry.get("state") == "static" and "master" in entry:
             seen.facts.add(("fdb", entry["ifname"], entry["mac"]))
-    return spaces
 
 
 def is_namespace(name):
@@ -2579,7 +2577,8 @@ def comment_vpc(comment):
 
 
 def see_inside(seen, subnets):
-    """Look into the namespaces of subnets, side by side."""
+    """Look into the namespaces of subnets, those that are ours, side by side."""
+    subnets = [subnet for subnet in subnets if ("ns", subnet["ns"]) in seen.facts]
     found = in_namespaces([subnet["ns"] for subnet in subnets], look_inside)
     for subnet in subnets:
         space, port, result = subnet["ns"], ("link", subnet["veth"] + "-b"), found[subnet["ns"]]
@@ -2941,9 +2940,11 @@ def restore(ctl, args):
 
 
 def clear_strays(ctl, names):
-    """Remove what says it is of one of these VPCs, but is not in its record -> how many things went."""
+    """Remove what says it is of one of these VPCs, but is not in its record, and rules of ours that are of no VPC and
+    in no record (of an earlier version's guard) -> how many things went."""
     seen = observe(ctl.world, inside_too=False)
-    strays = [step for step in orphans(ctl, seen) if seen.owned[step.fact][0] in names]
+    strays = [step for step in orphans(ctl, seen)
+              if seen.owned[step.fact][0] in names or (step.fact[0] == "rule" and not seen.owned[step.fact][0])]
     ctl.run.transact(strays, [])
     return len(strays)
 
@@ -2964,8 +2965,8 @@ def heal_first(ctl, names):
 def mend(ctl, names, gone=(), strict=True):
     """Make the kernel match the records of some VPCs, finishing intents; `gone` are to go -> how much was amiss.
 
-    The host's part is mended first, for all of them, so that nothing inside a namespace can keep it from that; then
-    each subnet. What could not be put right is raised in the end as a Problem, or is a note if not `strict`.
+    The host's part is mended first, for all of them, before anybody looks into a namespace: nothing in there can keep
+    it from that. What could not be put right of a subnet is raised in the end as a Problem, or a note if not `strict`.
     """
     new, broken_off = ctl.copy(), ctl.intents
     for name in broken_off:
@@ -2977,25 +2978,30 @@ def mend(ctl, names, gone=(), strict=True):
     steps = plan(new, names)
     stale = plan(ctl.world, names)
     stale.update(plan(intended, names))
-    look = lambda: observe({name: vpc for name, vpc in new.items() if name in names},
-                           adopt=record_names({name: vpc for name, vpc in broken_off.items() if vpc}))
-    seen = look()
+    look = lambda inside_too: observe({name: vpc for name, vpc in new.items() if name in names}, inside_too,
+                                      record_names({name: vpc for name, vpc in broken_off.items() if vpc}))
+    seen = look(False)
     if seen.stale:
         ctl.run.transact(leftovers(seen, set(steps) | set(stale)), [])
-        seen = look()
+        seen = look(False)
     removes, makes = mending(steps, stale, seen)
     end_stranded(ctl, [ctl.world[name] for name in sorted(names) if name in ctl.world])
     evict(ctl, [step.fact[1] for step in removes if step.fact[0] == "ns"])
-    host, parts = parted(makes, new, seen)
+    host, _ = parted(makes, new, seen)
     ctl.run.transact(removes, host)
     with ctl.run.patience():
+        see_inside(seen, [subnet for name in names for subnet in (new.get(name) or {"subnets": ()})["subnets"]])
+        if seen.stale:
+            ctl.run.transact(leftovers(seen, steps), [])
+            seen = look(True)
+        _, parts = parted(mending(steps, {}, seen)[1], new, seen)
         troubles = mend_subnets(ctl, parts) + unseen(new, seen)
         started, touched = mend_records(ctl, new, names, troubles)
     if strict and troubles:
         raise Problem("; ".join(map(str, troubles)), troubles[0].hint, 3)
     for problem in troubles:
         ctl.note(f"{problem}; {problem.hint}" if problem.hint else str(problem))
-    return len(removes) + len(makes) + started + touched
+    return len(removes) + len(host) + sum(map(len, parts.values())) + started + touched
 
 
 def parted(makes, world, seen):
@@ -4461,7 +4467,8 @@ def look_for_drift(ctl):
         findings += [(name, "missing", "app on port %d in subnet %s" % (app["port"], app["subnet"]))
                      for app in world[name]["apps"] if not is_alive(app)]
     findings += [("", "in no record", describe(step)) for step in orphans(ctl, seen)]
-    findings += [("", "cannot look into", "%s: %s" % pair) for pair in seen.broken.items()]
+    owners = {subnet["ns"]: name for name, vpc in world.items() for subnet in vpc["subnets"]}
+    findings += [(owners[space], "cannot look into", f"{space}: {why}") for space, why in seen.broken.items()]
     return findings, capability_notes(world, seen)
 
 
