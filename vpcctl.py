@@ -1,9 +1,9 @@
 #!/bin/sh
-# The shell reads the next two statements, which Python takes for texts without a meaning. It leaves folders out of PATH
-# that depend on where one is, and starts Python on this file as a module, whose compiled form Python keeps in
-# __pycache__: half of a short command's time is compiling. Not where others than the file's owner can write beside it:
-# what lies there is then neither read nor run. The umask is set before Python writes that form: root's own may be open
-# to everybody, or closed to what apps must read.
+# The shell reads the next two statements, which Python takes for texts without a meaning. It leaves folders
+# out of PATH that depend on where one is, and starts Python on this file as a module, whose compiled form Python
+# keeps in __pycache__: half of a short command's time is compiling. Not where others than the file's owner can
+# write beside it: what lies there is then neither read nor run. The umask is set before Python writes that form:
+# root's own may be open to everybody, or closed to what apps must read.
 "eval" 'p=; set -f; IFS=:; for d in $PATH; do case $d in /*) p=$p$d:;; esac; done; unset IFS; set +f; '\
 'PATH=${p:-/usr/bin:/bin:}/usr/sbin:/sbin'
 "exec" "python3" "-ISc" "import sys, os, os.path as o; u = os.umask(18); p = o.realpath(sys.argv[1]);"\
@@ -32,7 +32,7 @@ done was taken back; 4 the machine lacks something; 130/143 stopped by a signal.
 """
 import os
 import sys
-if __name__ == "__main__":                        # called as `python3 vpcctl.py`: what lies beside it is no part of it
+if __name__ == "__main__":        # called as `python3 vpcctl.py`: what lies beside it is no part of it
     sys.path[:] = [folder for folder in sys.path
                    if os.path.realpath(folder) != os.path.dirname(os.path.realpath(__file__))]
 import argparse
@@ -48,15 +48,15 @@ PROTOCOL = "118"                  # our mark on routes and routing rules
 FENCE_TABLE = "7000"              # unreachable for every VPC's range: read by VPCs with NAT, after their own table
 FIRST_TABLE = 7001                # route tables of VPCs
 PREF_OWN, PREF_FENCE, PREF_OUT, PREF_END, PREF_VOID, PREF_IN, PREF_SHUT = (str(7000 + n) for n in range(1, 8))
-# Where no router sends anything: this network, loopback, link-local (a cloud host's metadata service), multicast and
-# what is reserved.
+# Where no router sends anything: this network, loopback, link-local (a cloud host's metadata service), multicast
+# and what is reserved.
 UNROUTED = ("0.0.0.0/8", "127.0.0.0/8", "169.254.0.0/16", "224.0.0.0/3")
 MARK_BITS, MARK_SALT = 12, (1 << 12) - 1
 NETNS_DIR, ETC_NETNS, RUN_DIR = "/run/netns", "/etc/netns", "/run/vpcctl"
 NOBODY = 65534
 UMASK = 0o022                     # others read what we make (apps, `list` without root), and nobody else writes
 LOCK_WAIT, APP_WAIT, STOP_WAIT, LOG_LIMIT, PROBE_SIZE = 60.0, 10.0, 5.0, 1 << 20, 1 << 16
-TOOL_WAIT = 30.0                  # what is asked or run has this long, and a batch a little more for each line
+TOOL_WAIT = 30.0                  # a tool has this long, and a batch a little more for each line
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,31}\Z")
 DEFAULT_POLICY = {"ingress": [{"port": 80, "protocol": "tcp", "action": "allow"},
                               {"port": 443, "protocol": "tcp", "action": "allow"},
@@ -324,8 +324,9 @@ def popen(argv, **options):
 def call(argv, text=None):
     """Run a system tool to its end -> (exit code, stdout, stderr).
 
-    It inherits the lock: if we are killed meanwhile, nobody starts repairing before it has ended. One that does not
-    end in its time is killed, with what it started. Below 0, the exit code is a signal's: nobody knows how far it got.
+    It inherits the lock: if we are killed meanwhile, nobody starts repairing before it has ended. One that does
+    not end in its time is killed, with what it started. Below 0, the exit code is a signal's: nobody knows how far
+    it got.
     """
     import signal
     import subprocess
@@ -361,7 +362,7 @@ def find_tool(tool):
 
 
 def search_path():
-    """Where programs are looked for: PATH without the folders that depend on where one is, and the system's own."""
+    """Where programs are looked for: PATH without folders that depend on where one is, and the system's own."""
     folders = [folder for folder in os.environ.get("PATH", os.defpath).split(":") if folder.startswith("/")]
     return folders + [folder for folder in ("/usr/sbin", "/sbin") if folder not in folders]
 
@@ -1701,7 +1702,8 @@ def plan(world, names=None):
     """Every step of a world, or of what belongs to some VPCs of it: fact -> step."""
     steps = {}
     for key, (_, (function, arguments)) in resources(world).items():
-        if names is not None and key[1] and key[1] not in names and not (key[0] == "peer" and key[2] in names):
+        far = key[0] == "peer" and key[2]
+        if names is not None and key[1] and key[1] not in names and far not in names:
             continue                              # what is of no VPC is of all
         for step in function(*arguments):
             steps.setdefault(step.fact, step)
@@ -1822,8 +1824,8 @@ def plan_chains(vpc):
         rule_step(guard, ("-j", sources), "senders are who they say they are", place="first", mark=mark,
                   holder=held[guard]),
         # An ICMP error counts as a reply of the connection that it quotes: not of one with somebody else.
-        rule_step(guard, REPLIES + ("--ctorigdst", cidr, "-j", "ACCEPT"), "answers to what the host opened to the VPC",
-                  mark=mark, holder=held[guard]),
+        rule_step(guard, REPLIES + ("--ctorigdst", cidr, "-j", "ACCEPT"),
+                  "answers to what the host opened to the VPC", mark=mark, holder=held[guard]),
         rule_step(guard, ("-s", cidr, "-d", cidr, "-p", "icmp", "--icmp-type", "8", "-j", "ACCEPT"),
                   "a gateway answers ping", mark=mark, holder=held[guard]),
         jump_step("FORWARD", ("-o", bridge, "-j", chain), "what goes to the VPC", mark),
@@ -1856,7 +1858,8 @@ def route_step(block, device, table, why, holder):
 def fence_step(block, why):
     """A block that no VPC with NAT reaches by the host's own routes."""
     words = f"unreachable {block} table {FENCE_TABLE} proto {PROTOCOL}"
-    return Step(ROUTE, ("route", FENCE_TABLE, block, "unreachable"), "ip route add " + words, "ip route del " + words, why)
+    fact = ("route", FENCE_TABLE, block, "unreachable")
+    return Step(ROUTE, fact, "ip route add " + words, "ip route del " + words, why)
 
 
 def plan_unrouted():
@@ -1999,13 +2002,15 @@ def plan_nat(vpc):
             # SNAT: already masqueraded. What conntrack calls INVALID is never, and would leave with its own address.
             # An ICMP error counts as of the connection that it quotes: it must be one of these sources.
             rule_step(chain, ("-s", block, "-i", bridge, "-o", uplink, "-m", "conntrack", "--ctstate", "NEW,SNAT",
-                              "--ctorigsrc", block, "-j", "ACCEPT"), "out to the internet", mark=mark, holder=held),
+                              "--ctorigsrc", block, "-j", "ACCEPT"),
+                      "out to the internet", mark=mark, holder=held),
             rule_step(chain, ("-d", block, "-i", uplink, "-o", bridge) + REPLIES + ("-j", "ACCEPT"),
                       "and the answers back", mark=mark, holder=held),
         ]
     # The fence has them, too; here they are asked for whatever the order of the rules in FORWARD.
-    return steps + [rule_step("FORWARD", ("-d", block, "-i", bridge, "-j", "DROP"), "no address of a network out there",
-                              "mangle", "append", mark) for block in UNROUTED]
+    return steps + [rule_step("FORWARD", ("-d", block, "-i", bridge, "-j", "DROP"),
+                              "no address of a network out there", "mangle", "append", mark)
+                    for block in UNROUTED]
 
 
 def file_step(vpc_name, file, text, why):
@@ -2049,8 +2054,9 @@ def plan_guard(uplinks):
     steps = [chain_step(guard, "the host was no router before: strangers do not get through it")]
     for uplink in uplinks:
         steps += [
-            # Translated, rather than RELATED: an ICMP error about a connection of the host's own would pass as that.
-            rule_step(guard, ("-i", uplink, "-m", "conntrack", "--ctstate", "ESTABLISHED,SNAT,DNAT", "-j", "RETURN"),
+            # Translated, not RELATED: an ICMP error about a connection of the host's own would pass as that.
+            rule_step(guard, ("-i", uplink, "-m", "conntrack", "--ctstate", "ESTABLISHED,SNAT,DNAT",
+                              "-j", "RETURN"),
                       "answers, and what was published", place="prepend", holder=held),
             rule_step(guard, ("-i", uplink, "-j", "DROP"), "nothing else enters by the uplink", place="append",
                       holder=held)]
@@ -2058,16 +2064,18 @@ def plan_guard(uplinks):
 
 
 def plan_rest(forward, uplinks):
-    """Behind everybody's rules in FORWARD: what none of them has accepted is dropped, so that an interface that comes
-    later passes packets on only where its own program says so."""
+    """Behind everybody's rules in FORWARD: what none of them has accepted is dropped, so that an interface that
+    comes later passes packets on only where its own program says so."""
     rest, held = "vpcctl-rest", ("chain", "filter", "vpcctl-rest")
-    before = [("-i", device) for device in forward.get("kept_on", ()) if device not in uplinks and device != "lo"]
+    before = [("-i", device) for device in forward.get("kept_on", ())]
     # With br_netfilter, frames that only cross a bridge are asked here, too.
-    before += [("-i", device, "-o", device) for device in forward["kept_off"] if device not in uplinks and device != "lo"]
-    return [chain_step(rest, "what no rule has accepted"),
-            rule_step(rest, ("-j", "DROP"), "the host was no router before", place="last", holder=held)] + [
-        rule_step(rest, words + ("-j", "RETURN"), "as before", place="prepend", holder=held) for words in before] + [
-        rule_step("FORWARD", ("-j", rest), "what no rule has accepted", place="last")]
+    before += [("-i", device, "-o", device) for device in forward["kept_off"]]
+    steps = [chain_step(rest, "what no rule has accepted"),
+             rule_step(rest, ("-j", "DROP"), "the host was no router before", place="last", holder=held)]
+    steps += [rule_step(rest, words + ("-j", "RETURN"), "as before", place="prepend", holder=held)
+              for words in before
+              if words[1] not in uplinks and words[1] != "lo"]
+    return steps + [rule_step("FORWARD", ("-j", rest), "what no rule has accepted", place="last")]
 
 
 def forward_step(key, value, why, undo=(), optional=""):
@@ -2280,7 +2288,7 @@ class Seen:
         self.facts, self.foreign, self.owned = set(), set(), {}
         self.policies = {}                        # namespace -> [(rule as printed, is it ours)]
         self.broken = {}                          # namespace -> why it could not be looked into
-        self.stale = set()                        # namespaces and cables that lead nowhere, or not where they should
+        self.stale = set()                        # namespaces and cables that lead nowhere, or elsewhere
 
     def holds(self, step, any_content=False):
         """Whether a step's thing is there. With any_content, also if it is there with another content or place."""
@@ -2495,7 +2503,7 @@ def saved_rules():
 
 def parse_rules(text):
     """What iptables-save prints -> table -> (chains, list of (chain, tuple of words)). Failure if it says that it
-    cannot print a table, because somebody has put native rules of nft there."""
+    cannot print a table: somebody has put rules of nft there."""
     tables, table = {}, None
     for line in printed_lines(text):
         if line.startswith("*"):
@@ -2583,7 +2591,8 @@ def see_inside(seen, subnets):
     for subnet in subnets:
         space, port, result = subnet["ns"], ("link", subnet["veth"] + "-b"), found[subnet["ns"]]
         if isinstance(result, Exception):
-            seen.broken[space] = f"`{shown(result.argv)}`: {result}" if isinstance(result, Failure) else str(result)
+            asked = f"`{shown(result.argv)}`: " if isinstance(result, Failure) else ""
+            seen.broken[space] = asked + str(result)
             continue
         facts, rules = result
         seen.facts.update(facts)
@@ -2625,7 +2634,8 @@ def seen_rules():
 
 def is_policy_rule(rule):
     """Whether a rule in a namespace is of its policy; what could not be put in again as it was printed is not."""
-    return comment_of(rule).startswith("policy-") and all(re.match(r"[\w./:,!-]+\Z", word, re.A) for word in rule)
+    plain = all(re.match(r"[\w./:,!-]+\Z", word, re.A) for word in rule)
+    return plain and comment_of(rule).startswith("policy-")
 
 
 def seen_policy(space, rules):
@@ -2791,7 +2801,7 @@ def drop_unreadable(ctl, names):
 def delete_vpcs(ctl, names):
     """Delete VPCs together: programs, then all the rest in one go."""
     if ctl.is_unsound(names) and not ctl.dry_run:
-        mend(ctl, names, names, strict=False)              # look first: what is there is not what the records say
+        mend(ctl, names, names, strict=False)     # look first: what is there is not what the records say
         return [ctl.report("Deleted VPC: %s" % name) for name in names]
     new = ctl.copy()
     spaces = [subnet["ns"] for name in names for subnet in new[name]["subnets"]]
@@ -2940,11 +2950,11 @@ def restore(ctl, args):
 
 
 def clear_strays(ctl, names):
-    """Remove what says it is of one of these VPCs, but is not in its record, and rules of ours that are of no VPC and
-    in no record (of an earlier version's guard) -> how many things went."""
+    """Remove what says it is of one of these VPCs, but is not in its record, and rules of ours that are of no VPC
+    and in no record (of an earlier version's guard) -> how many things went."""
     seen = observe(ctl.world, inside_too=False)
-    strays = [step for step in orphans(ctl, seen)
-              if seen.owned[step.fact][0] in names or (step.fact[0] == "rule" and not seen.owned[step.fact][0])]
+    owners = {step: seen.owned[step.fact][0] for step in orphans(ctl, seen)}
+    strays = [step for step, owner in owners.items() if owner in names or (step.fact[0] == "rule" and not owner)]
     ctl.run.transact(strays, [])
     return len(strays)
 
@@ -2965,8 +2975,9 @@ def heal_first(ctl, names):
 def mend(ctl, names, gone=(), strict=True):
     """Make the kernel match the records of some VPCs, finishing intents; `gone` are to go -> how much was amiss.
 
-    The host's part is mended first, for all of them, before anybody looks into a namespace: nothing in there can keep
-    it from that. What could not be put right of a subnet is raised in the end as a Problem, or a note if not `strict`.
+    The host's part is mended first, for all of them, before anybody looks into a namespace: nothing in there can
+    keep it from that. What could not be put right of a subnet is raised in the end as a Problem, or is a note if
+    not `strict`.
     """
     new, broken_off = ctl.copy(), ctl.intents
     for name in broken_off:
@@ -2990,7 +3001,7 @@ def mend(ctl, names, gone=(), strict=True):
     host, _ = parted(makes, new, seen)
     ctl.run.transact(removes, host)
     with ctl.run.patience():
-        see_inside(seen, [subnet for name in names for subnet in (new.get(name) or {"subnets": ()})["subnets"]])
+        see_inside(seen, [subnet for name in names if name in new for subnet in new[name]["subnets"]])
         if seen.stale:
             ctl.run.transact(leftovers(seen, steps), [])
             seen = look(True)
@@ -3005,8 +3016,8 @@ def mend(ctl, names, gone=(), strict=True):
 
 
 def parted(makes, world, seen):
-    """Pairs to make -> (those of the host, name of a subnet -> those of its namespace and its cable). Of a namespace
-    that could not be looked into only the cable, and that is not switched on."""
+    """Pairs to make -> (those of the host, name of a subnet -> those of its namespace and its cable). Of a
+    namespace that could not be looked into only the cable, and that is not switched on."""
     owners, host, parts = {}, [], {}
     for vpc in world.values():
         for subnet in vpc["subnets"]:
@@ -3028,15 +3039,14 @@ ANEW = "all else was put right; deleting and adding that subnet makes it anew, a
 def unseen(world, seen):
     """A Problem for each subnet whose namespace could not be looked into. It is not made anew: that would end the
     programs in it, and what somebody has put there may be meant."""
-    return [Problem(f"could not look into subnet {vpc['name']}/{subnet['name']}: {seen.broken[subnet['ns']]}", ANEW, 3)
-            for vpc in world.values()
-            for subnet in vpc["subnets"]
-            if subnet["ns"] in seen.broken]
+    names = {subnet["ns"]: f"{vpc['name']}/{subnet['name']}" for vpc in world.values() for subnet in vpc["subnets"]}
+    return [Problem(f"could not look into subnet {names[space]}: {why}", ANEW, 3)
+            for space, why in sorted(seen.broken.items())]
 
 
 def mend_subnets(ctl, parts):
     """Make what is missing of subnets: side by side, or, if that fails, each by itself -> a Problem for each that
-    could not be put right."""
+    cannot be put right."""
     try:
         ctl.run.transact([], [pair for part in parts.values() for pair in part])
         return []
@@ -3048,8 +3058,8 @@ def mend_subnets(ctl, parts):
 
 
 def mend_records(ctl, new, names, troubles):
-    """When the kernel matches: programs, then records; `troubles` receives a Problem for each program that does not
-    start -> (how many were started, how many records changed)."""
+    """When the kernel matches: programs, then records; `troubles` receives a Problem for each program that does
+    not start -> (how many were started, how many records changed)."""
     note_lost(ctl, new)
     for name in sorted(names):
         kept = [(app["subnet"], app["port"]) for app in (new.get(name) or {"apps": ()})["apps"]]
@@ -4869,7 +4879,8 @@ def route_hop(flow):
         return hop(False, why % (flow.far["name"], address) + ": unreachable", peer_remedy(flow))
     block = next((block for block in UNROUTED if ip_inside(address, block)), None)
     if block:
-        return hop(False, f"{address} is in {block}, which is no network out there: unreachable", "nothing does, by design")
+        return hop(False, f"{address} is in {block}, which is no network out there: unreachable",
+                   "nothing does, by design")
     if not nat:
         return hop(False, "%s is outside and there is no NAT: unreachable" % address,
                    "vpcctl enable-nat %s" % home["name"])
