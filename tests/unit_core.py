@@ -494,7 +494,7 @@ class ToolTest(unittest.TestCase):
         self.assertEqual((code, out), (-9, ""))
         self.assertIn("killed", said)
         with self.assertRaises(tool.Failure) as caught:
-            tool.ask(self.path)
+            tool.ask(self.path, has="ifname")
         self.assertIn("killed", str(caught.exception))
         self.assertEqual(caught.exception.argv, (self.path,))
 
@@ -505,9 +505,9 @@ class ToolTest(unittest.TestCase):
         self.assertIn("killed", left[0])
 
     def test_an_answer_with_odd_characters(self):
-        self.assertEqual(tool.ask("printf", "%s", '[{"ifname":"a\x01"}]'), [{"ifname": "a\x01"}])
+        self.assertEqual(tool.ask("printf", "%s", '[{"ifname":"a\x01"}]', has="ifname"), [{"ifname": "a\x01"}])
         with self.assertRaises(tool.Failure):
-            tool.ask("printf", "%s", '[{"ifname":"a"')
+            tool.ask("printf", "%s", '[{"ifname":"a"', has="ifname")
 
 
 class PieceTest(unittest.TestCase):
