@@ -195,7 +195,7 @@ class BatchTest(unittest.TestCase):
             known = set(there)
             sizes.append(len(given))
             if len(sizes) == killed:
-                return -9, "", ""
+                return -9, "", "ended by signal 9"
             for number, line in enumerate(given, 1):
                 words = line.split()
                 if words[1] == "add":
