@@ -78,6 +78,10 @@ install: packages ## vpcctl on PATH (packages that are missing, then a symlink i
 	    file="$${pair#*|}"; text=$$($(PYTHON) "$(VPCCTL)" $${pair%%|*} 2>/dev/null) && [ -n "$$text" ] || continue; \
 	    mkdir -p "$$(dirname "$$file")" && printf '%s\n' "$$text" > "$$file"; done
 	@echo "Installed: $(BINDIR)/vpcctl -> $(VPCCTL)"
+	@d="$(CURDIR)"; while [ "$$d" != / ]; do \
+	    if [ -n "$$(find "$$d" -prune \( ! -user 0 ! -user "$$(id -u)" -o \( -perm -020 -o -perm -002 \) ! -perm -1000 \))" ]; then \
+	        echo "make: note: $$d is $$(ls -ld "$$d" | awk '{ print $$1, $$3, $$4 }'): whoever may write there decides what vpcctl does"; \
+	        break; fi; d=$$(dirname "$$d"); done
 	@if [ -n "$(DESTDIR)" ] || { [ "$$(id -u)" = 0 ] && [ -d /run/systemd/system ]; }; then \
 	    mkdir -p "$(UNITDIR)/multi-user.target.wants" && printf '%s\n' "$$SERVICE" > "$(UNIT)" && \
 	    ln -sfn ../vpcctl.service "$(WANTED)" || exit 1; \

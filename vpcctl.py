@@ -1,11 +1,17 @@
 #!/bin/sh
-# The shell reads the next statement and starts Python on this file as a module, whose compiled form Python keeps in
-# __pycache__: half of a short command's time is compiling. Python itself reads it as a text that means nothing. The
-# umask is set before Python writes that form: root's own may be open to everybody, or closed to what apps must read.
+# The shell reads the next two statements, which Python takes for texts without a meaning. It leaves folders
+# out of PATH that depend on where one is, and starts Python on this file as a module, whose compiled form Python
+# keeps in __pycache__: half of a short command's time is compiling. Not where others than the file's owner can
+# write beside it: what lies there is then neither read nor run. The umask is set before Python writes that form:
+# root's own may be open to everybody, or closed to what apps must read.
+"eval" 'p=; set -f; IFS=:; for d in $PATH; do case $d in /*) p=$p$d:;; esac; done; unset IFS; set +f; '\
+'PATH=${p:-/usr/bin:/bin:}/usr/sbin:/sbin'
 "exec" "python3" "-ISc" "import sys, os, os.path as o; u = os.umask(18); p = o.realpath(sys.argv[1]);"\
-" sys.argv[:] = [p] + sys.argv[2:]; sys.path.insert(0, o.dirname(p));"\
-" __import__('vpcctl').start(u) if p.endswith('/vpcctl.py') else"\
-" __import__('runpy').run_path(p, None, '__main__')" "$0" "$@"
+" d = o.dirname(p); sys.argv[:] = [p] + sys.argv[2:]; sys.path.append(d);"\
+" near = map(os.stat, filter(o.exists, (d, d + '/__pycache__'))); own = {0, os.getuid(), os.stat(p).st_uid};"\
+" safe = all(s.st_uid in own and not s.st_mode & 18 for s in near);"\
+" __import__('vpcctl').start(u) if p.endswith('/vpcctl.py') and safe else"\
+" __import__('runpy').run_path(p, {'umask': u}, '__main__')" "$0" "$@"
 __doc__ = """vpcctl - a cloud network (VPC) on the machine in front of you, from Linux's own parts.
 
         VPC blog 10.20.0.0/16                               the host
@@ -24,11 +30,14 @@ one sees it, and the reason. Plans are lists of steps; create, delete, restore, 
 Exit codes: 0 done, or the answer is yes; 1 the answer is no; 2 refused input; 3 a command failed and what was
 done was taken back; 4 the machine lacks something; 130/143 stopped by a signal.
 """
+import os
+import sys
+if __name__ == "__main__":        # called as `python3 vpcctl.py`: what lies beside it is no part of it
+    sys.path[:] = [folder for folder in sys.path
+                   if os.path.realpath(folder) != os.path.dirname(os.path.realpath(__file__))]
 import argparse
 import json
-import os
 import re
-import sys
 from collections import namedtuple
 from functools import lru_cache
 from contextlib import contextmanager
@@ -39,11 +48,15 @@ PROTOCOL = "118"                  # our mark on routes and routing rules
 FENCE_TABLE = "7000"              # unreachable for every VPC's range: read by VPCs with NAT, after their own table
 FIRST_TABLE = 7001                # route tables of VPCs
 PREF_OWN, PREF_FENCE, PREF_OUT, PREF_END, PREF_VOID, PREF_IN, PREF_SHUT = (str(7000 + n) for n in range(1, 8))
+# Where no router sends anything: this network, loopback, link-local (a cloud host's metadata service), multicast
+# and what is reserved.
+UNROUTED = ("0.0.0.0/8", "127.0.0.0/8", "169.254.0.0/16", "224.0.0.0/3")
 MARK_BITS, MARK_SALT = 12, (1 << 12) - 1
 NETNS_DIR, ETC_NETNS, RUN_DIR = "/run/netns", "/etc/netns", "/run/vpcctl"
 NOBODY = 65534
 UMASK = 0o022                     # others read what we make (apps, `list` without root), and nobody else writes
 LOCK_WAIT, APP_WAIT, STOP_WAIT, LOG_LIMIT, PROBE_SIZE = 60.0, 10.0, 5.0, 1 << 20, 1 << 16
+TOOL_WAIT = 30.0                  # a tool has this long, and a batch a little more for each line
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,31}\Z")
 PROTOCOLS = ("tcp", "udp", "icmp", "all")     # of a policy's rules; of all others but these three, rules cannot speak
 DEFAULT_POLICY = {"ingress": [{"port": 80, "protocol": "tcp", "action": "allow"},
@@ -354,6 +367,7 @@ class Failure(Exception):
 
 
 GONE = re.compile(r"Cannot find device|No such (file|process|device)|does not exist|Cannot assign requested address|"
+                  r"Address not found|"
                   r"does a matching rule exist|No chain/target/match|Invalid argument: remove|RULE_DELETE failed|"
                   r"Cannot remove namespace file|not exist", re.I)
 
@@ -385,12 +399,23 @@ def popen(argv, **options):
 def call(argv, text=None):
     """Run a system tool to its end -> (exit code, stdout, stderr).
 
-    It inherits the lock: if we are killed meanwhile, nobody starts repairing before it has ended.
+    It inherits the lock: if we are killed meanwhile, nobody starts repairing before it has ended. One that does
+    not end in its time is killed, with what it started. Below 0, the exit code is a signal's: nobody knows how far
+    it got.
     """
+    import signal
     import subprocess
     child = popen(argv, stdin=subprocess.PIPE if text is not None else subprocess.DEVNULL,
                   stdout=subprocess.PIPE, stderr=subprocess.PIPE, close_fds=False)
-    out, err = child.communicate(text.encode() if text is not None else None)
+    limit = TOOL_WAIT + (text or "").count("\n") / 20
+    try:
+        out, err = child.communicate(text.encode() if text is not None else None, timeout=limit)
+    except subprocess.TimeoutExpired:
+        os.killpg(child.pid, signal.SIGKILL)
+        child.communicate()
+        return -signal.SIGKILL, "", f"no end within {limit:.0f} s, so it was killed"
+    if child.returncode < 0:
+        err = b"ended by signal %d" % -child.returncode
     return child.returncode, out.decode("utf-8", "replace"), err.decode("utf-8", "replace")
 
 
@@ -404,11 +429,17 @@ def find_tool(tool):
     with compressors and archives: 3 ms of every change.)"""
     if "/" in tool:
         return tool if os.access(tool, os.X_OK) else None
-    for folder in os.environ.get("PATH", os.defpath).split(":") + ["/usr/sbin", "/sbin"]:
+    for folder in search_path():
         path = os.path.join(folder, tool)
         if os.access(path, os.X_OK) and not os.path.isdir(path):
             return path
     return None
+
+
+def search_path():
+    """Where programs are looked for: PATH without folders that depend on where one is, and the system's own."""
+    folders = [folder for folder in os.environ.get("PATH", os.defpath).split(":") if folder.startswith("/")]
+    return folders + [folder for folder in ("/usr/sbin", "/sbin") if folder not in folders]
 
 
 def missing_tool(tool):
@@ -532,7 +563,7 @@ UNKNOWN = -1                      # how many of a batch were done, if the tool w
 def one_call(argv):
     """Run one command -> how many were done, error text."""
     code, _, said = call(list(argv))
-    return (1, "") if code == 0 else (0, said) if code > 0 else (UNKNOWN, "ended by signal %d" % -code)
+    return (1, "") if code == 0 else (0 if code > 0 else UNKNOWN, said)
 
 
 def ip_batch(commands):
@@ -559,7 +590,7 @@ def one_ip_batch(commands):
     if code == 0:
         return len(commands), ""
     if code < 0:
-        return UNKNOWN, "ended by signal %d" % -code
+        return UNKNOWN, said
     failed = re.search(r"Command failed -:(\d+)", said)
     return (int(failed.group(1)) - 1 if failed else 0), re.sub(r"Command failed.*\n?", "", said)
 
@@ -572,9 +603,7 @@ def iptables_restore(commands):
         tables.setdefault(table, []).append(" ".join(quoted(word) for word in words))
     code, _, said = call(["iptables-restore", "-w", "5", "--noflush"], "".join(
         "*%s\n%s\nCOMMIT\n" % (table, "\n".join(lines)) for table, lines in tables.items()))
-    if code:
-        said = "ended by signal %d" % -code if code < 0 else said or "iptables-restore: exit code %d" % code
-    return code, said, len(tables)
+    return code, said or f"iptables-restore: exit code {code}", len(tables)
 
 
 def iptables_batch(commands):
@@ -818,6 +847,7 @@ class Executor:
         self.out = out or sys.stdout
         self.stopped_by = 0                       # the signal that asked us to stop
         self.changing = False                     # a change has begun: it must end, one way or the other
+        self.patient = False                      # what is done now is finished in spite of a signal
         self.lost = []                            # what optional steps could not do on this kernel
         self.commands = 0
 
@@ -834,8 +864,17 @@ class Executor:
 
     def heed(self):
         """Raise Interrupted if a signal asked us to stop."""
-        if self.stopped_by:
+        if self.stopped_by and not self.patient:
             raise Interrupted(self.stopped_by)
+
+    @contextmanager
+    def patience(self):
+        """Meanwhile, signals are noted and not obeyed."""
+        before, self.patient = self.patient, True
+        try:
+            yield
+        finally:
+            self.patient = before
 
     def echo(self, argv, why=""):
         """Print a command before it runs, as one would type it."""
@@ -1066,7 +1105,7 @@ def take_back_lane(kind, where, group):
     left = []
     for argv in group:
         done, said = run_lane(kind, [argv])
-        if not done and not GONE.search(said):
+        if done < 1 and not GONE.search(said):
             left.append("%s: %s" % (shown(argv), said.strip()))
     return left
 
@@ -1415,8 +1454,8 @@ def record_names(world):
 
 
 def host_interfaces():
-    """Names of the network interfaces here, without asking anyone: /proc/net/dev is of the reader's namespace."""
-    with open("/proc/net/dev") as table:
+    """Names of the network interfaces in the calling thread's namespace, without asking anyone."""
+    with open("/proc/thread-self/net/dev", errors="replace") as table:
         return [line.split(":")[0].strip() for line in list(table)[2:]]
 
 
@@ -1635,13 +1674,12 @@ class Control:
         for name in reversed(touched):
             self.store.drop(name, "intent")
         vpcs = [old[name] for name in touched if name in old]
-        stopped, self.run.stopped_by = self.run.stopped_by, 0
         try:
-            if revive_apps(self, vpcs):
-                self.store.save(vpcs)
-        except (Problem, Failure, Interrupted, OSError) as trouble:
+            with self.run.patience():
+                if revive_apps(self, vpcs):
+                    self.store.save(vpcs)
+        except (Problem, Failure, OSError) as trouble:
             self.note("%s; `vpcctl restore` starts it again" % trouble)
-        self.run.stopped_by = self.run.stopped_by or stopped
 
 
 def as_found(step, blindly=False):
@@ -1732,13 +1770,15 @@ def resources(world, compared=None):
                 found["peer", name, peer["peer_vpc"]] = (
                     (base, vpc_base(other), peer), (plan_peering, (vpc, other, peer)))
         found["names", name] = (name_data(world, vpc), render_resolv(vpc)), (plan_names, (world, vpc))
+    if world:
+        found["unrouted", ""] = UNROUTED, (plan_unrouted, ())
     if ways:
         found["forwarding", ""] = forwarding_data(world, ways["forwarding"]), (plan_forwarding, (world, ways["forwarding"]))
     return {key: found[key] for key in sorted(found, key=lambda key: RANK.index(key[0]))}
 
 
 # A resource comes after those it stands on: a peering's rules go into chains of both VPCs.
-RANK = ("vpc", "subnet", "policy", "forwarding", "nat", "published", "peer", "names")
+RANK = ("unrouted", "vpc", "subnet", "policy", "forwarding", "nat", "published", "peer", "names")
 
 
 def changed_subnets(vpc, other):
@@ -1759,9 +1799,9 @@ def plan(world, names=None):
     """Every step of a world, or of what belongs to some VPCs of it: fact -> step."""
     steps = {}
     for key, (_, (function, arguments)) in resources(world).items():
-        if names is not None and key[0] != "forwarding" and key[1] not in names and not (
-                key[0] == "peer" and key[2] in names):
-            continue
+        far = key[0] == "peer" and key[2]
+        if names is not None and key[1] and key[1] not in names and far not in names:
+            continue                              # what is of no VPC is of all
         for step in function(*arguments):
             steps.setdefault(step.fact, step)
     return steps
@@ -1846,10 +1886,7 @@ def plan_switch(vpc):
         conf("ipv4", "arp_ignore", "1", "answer only for addresses of this switch"),
         conf("ipv4", "send_redirects", "0", "everything goes through the gateway"),
         route_step(cidr, bridge, table, "the VPC's own range, in its own routing table", link),
-        Step(ROUTE, ("route", FENCE_TABLE, cidr, "unreachable"),
-             "ip route add unreachable %s table %s proto %s" % (cidr, FENCE_TABLE, PROTOCOL),
-             "ip route del unreachable %s table %s proto %s" % (cidr, FENCE_TABLE, PROTOCOL),
-             "no way here for other VPCs"),
+        fence_step(cidr, "no way here for other VPCs"),
         lookup_step(PREF_OWN, bridge, "lookup %d" % table, "what comes from this VPC asks this VPC's table"),
         lookup_step(PREF_FENCE, bridge, "lookup " + FENCE_TABLE, "other VPCs stay out of reach", "from " + cidr),
         lookup_step(PREF_END, bridge, "unreachable", "and where no table knows a way, there is none", "from " + cidr),
@@ -1883,7 +1920,9 @@ def plan_chains(vpc):
         rule_step(guard, ("-j", "DROP"), "nothing else", place="last", mark=mark, holder=held[guard]),
         rule_step(guard, ("-j", sources), "senders are who they say they are", place="first", mark=mark,
                   holder=held[guard]),
-        rule_step(guard, REPLIES + ("-j", "ACCEPT"), "answers to the host", mark=mark, holder=held[guard]),
+        # An ICMP error counts as a reply of the connection that it quotes: not of one with somebody else.
+        rule_step(guard, REPLIES + ("--ctorigdst", cidr, "-j", "ACCEPT"),
+                  "answers to what the host opened to the VPC", mark=mark, holder=held[guard]),
         rule_step(guard, ("-s", cidr, "-d", cidr, "-p", "icmp", "--icmp-type", "8", "-j", "ACCEPT"),
                   "a gateway answers ping", mark=mark, holder=held[guard]),
         jump_step("FORWARD", ("-o", bridge, "-j", chain), "what goes to the VPC", mark),
@@ -1911,6 +1950,18 @@ def route_step(block, device, table, why, holder):
     return Step(ROUTE, ("route", str(table), block, device),
                 "ip route add %s dev %s table %s proto %s" % (block, device, table, PROTOCOL),
                 "ip route del %s dev %s table %s proto %s" % (block, device, table, PROTOCOL), why, holder)
+
+
+def fence_step(block, why):
+    """A block that no VPC with NAT reaches by the host's own routes."""
+    words = f"unreachable {block} table {FENCE_TABLE} proto {PROTOCOL}"
+    fact = ("route", FENCE_TABLE, block, "unreachable")
+    return Step(ROUTE, fact, "ip route add " + words, "ip route del " + words, why)
+
+
+def plan_unrouted():
+    """What no VPC reaches outside, whatever the host's default route is."""
+    return [fence_step(block, "no address of a network out there") for block in UNROUTED]
 
 
 def lookup_step(pref, device, action, why, selector=""):
@@ -2046,12 +2097,17 @@ def plan_nat(vpc):
             rule_step("POSTROUTING", ("-s", block, "-o", uplink, "-j", "MASQUERADE"), "leave with the host's address",
                       "nat", "append", "vpcctl-nat-" + name),
             # SNAT: already masqueraded. What conntrack calls INVALID is never, and would leave with its own address.
+            # An ICMP error counts as of the connection that it quotes: it must be one of these sources.
             rule_step(chain, ("-s", block, "-i", bridge, "-o", uplink, "-m", "conntrack", "--ctstate", "NEW,SNAT",
-                              "-j", "ACCEPT"), "out to the internet", mark=mark, holder=held),
+                              "--ctorigsrc", block, "-j", "ACCEPT"),
+                      "out to the internet", mark=mark, holder=held),
             rule_step(chain, ("-d", block, "-i", uplink, "-o", bridge) + REPLIES + ("-j", "ACCEPT"),
                       "and the answers back", mark=mark, holder=held),
         ]
-    return steps
+    # The fence has them, too; here they are asked for whatever the order of the rules in FORWARD.
+    return steps + [rule_step("FORWARD", ("-d", block, "-i", bridge, "-j", "DROP"),
+                              "no address of a network out there", "mangle", "append", mark)
+                    for block in UNROUTED]
 
 
 def file_step(vpc_name, file, text, why):
@@ -2086,15 +2142,37 @@ def plan_forwarding(world, vpcs):
         key, absent = link_conf("ipv4", device, "forwarding"), "the interface is not there"
         steps.append(forward_step(key, "1", "the way out", [("sysctl", "-w", key + "=0")], absent) if device in uplinks
                      else forward_step(key, "0", "as before: only the uplink passes packets on", (), absent))
+    return steps + plan_guard(uplinks) + plan_rest(forward, uplinks)
+
+
+def plan_guard(uplinks):
+    """Before everybody's rules in FORWARD: strangers do not enter by an uplink."""
     guard, held = "vpcctl-guard", ("chain", "filter", "vpcctl-guard")
-    steps.append(chain_step(guard, "the host was no router before: strangers do not get through it"))
+    steps = [chain_step(guard, "the host was no router before: strangers do not get through it")]
     for uplink in uplinks:
         steps += [
-            rule_step(guard, ("-i", uplink, "-m", "conntrack", "--ctstate", "RELATED,ESTABLISHED,DNAT", "-j", "RETURN"),
+            # Translated, not RELATED: an ICMP error about a connection of the host's own would pass as that.
+            rule_step(guard, ("-i", uplink, "-m", "conntrack", "--ctstate", "ESTABLISHED,SNAT,DNAT",
+                              "-j", "RETURN"),
                       "answers, and what was published", place="prepend", holder=held),
             rule_step(guard, ("-i", uplink, "-j", "DROP"), "nothing else enters by the uplink", place="append",
                       holder=held)]
     return steps + [jump_step("FORWARD", ("-j", guard), "the host was no router before", "vpcctl")]
+
+
+def plan_rest(forward, uplinks):
+    """Behind everybody's rules in FORWARD: what none of them has accepted is dropped, so that an interface that
+    comes later passes packets on only where its own program says so."""
+    rest, held = "vpcctl-rest", ("chain", "filter", "vpcctl-rest")
+    before = [("-i", device) for device in forward.get("kept_on", ())]
+    # With br_netfilter, frames that only cross a bridge are asked here, too.
+    before += [("-i", device, "-o", device) for device in forward["kept_off"]]
+    steps = [chain_step(rest, "what no rule has accepted"),
+             rule_step(rest, ("-j", "DROP"), "the host was no router before", place="last", holder=held)]
+    steps += [rule_step(rest, words + ("-j", "RETURN"), "as before", place="prepend", holder=held)
+              for words in before
+              if words[1] not in uplinks and words[1] != "lo"]
+    return steps + [rule_step("FORWARD", ("-j", rest), "what no rule has accepted", place="last")]
 
 
 def forward_step(key, value, why, undo=(), optional=""):
@@ -2314,7 +2392,7 @@ class Seen:
         self.facts, self.foreign, self.owned = set(), set(), {}
         self.policies = {}                        # namespace -> [(rule as printed, is it ours)]
         self.broken = {}                          # namespace -> why it could not be looked into
-        self.stale = set()                        # namespaces and cables that lead nowhere
+        self.stale = set()                        # namespaces and cables that lead nowhere, or elsewhere
 
     def holds(self, step, any_content=False):
         """Whether a step's thing is there. With any_content, also if it is there with another content or place."""
@@ -2375,12 +2453,12 @@ def ask(*argv, has):
     """Ask a tool that prints JSON -> its entries that are not empty, each of which has the key `has`. Failure if the
     tool failed, or printed something else."""
     code, out, said = call(list(argv))
-    if code and not out:
+    if code < 0 or (code and not out):
         raise Failure(argv, said)
     # Before 5.0, ip told a route's type without a key, which is no JSON, and what a routing rule does by another key.
     fixed = re.sub(r'\{"(\w+)",', r'{"type":"\1",', out.replace('"to_tbl":', '"action":'))
-    try:
-        return [entry for entry in json.loads(fixed or "[]") if entry and entry[has] is not None]
+    try:                                          # a name may hold any character: ip prints some as they are
+        return [entry for entry in json.loads(fixed or "[]", strict=False) if entry and entry[has] is not None]
     except (ValueError, TypeError, LookupError, RecursionError):
         raise Failure(argv, NO_JSON + out[:80]) from None
 
@@ -2400,32 +2478,29 @@ def observe(world, inside_too=True, adopt=()):
     """Look at the machine with a dozen questions -> Seen. `adopt`: names that an interrupted change of ours may have
     made without coming to mark them; they count as ours."""
     seen = Seen()
-    spaces = see_links(seen, set(adopt))
+    see_links(seen, set(adopt))
     see_addresses(seen)
     see_routes(seen)
     see_firewall(seen)
     if inside_too:
-        wanted = [subnet["ns"] for vpc in world.values() for subnet in vpc["subnets"]]
-        see_inside(seen, [space for space in wanted if space in spaces])
+        see_inside(seen, [subnet for vpc in world.values() for subnet in vpc["subnets"]])
     return seen
 
 
 def see_links(seen, adopt):
-    """Interfaces, bridge ports and namespaces -> the names of namespaces that are ours."""
-    spaces, by_id = set(), {}
+    """Interfaces, bridge ports and namespaces."""
+    by_id = {}
     for entry in ask("ip", "-j", "netns", "list", has="name"):
         name, number = entry.get("name", ""), entry.get("id")
         by_id[number] = name
         fact = ("ns", name)
         if is_marked(name, number):
             seen.facts.update((fact, ("ours", name)))
-            spaces.add(name)
             seen.owned[fact] = None, Step(SPACE, fact, (), "ip netns del " + name)
         elif not is_namespace(name):
             seen.stale.add(fact)
         elif name in adopt:
             seen.facts.add(fact)
-            spaces.add(name)
         else:
             seen.foreign.add(fact)
     for link in ask_links():
@@ -2433,7 +2508,6 @@ def see_links(seen, adopt):
     for entry in ask("bridge", "-j", "fdb", "show", has="mac"):
         if entry.get("state") == "static" and "master" in entry:
             seen.facts.add(("fdb", entry["ifname"], entry["mac"]))
-    return spaces
 
 
 def is_namespace(name):
@@ -2524,7 +2598,7 @@ def saved_rules():
     it is asked for those that we use."""
     code, out, said = call(["iptables-save"])
     if code and "Permission denied" in said:
-        answers = [call(["iptables-save", "-t", table]) for table in ("filter", "nat", "raw")]
+        answers = [call(["iptables-save", "-t", table]) for table in ("filter", "nat", "raw", "mangle")]
         code, out, said = max(code for code, _, _ in answers), "".join(out for _, out, _ in answers), answers[0][2]
     if code:
         raise Failure(("iptables-save",), said)
@@ -2532,28 +2606,41 @@ def saved_rules():
 
 
 def parse_rules(text):
-    """What iptables-save prints -> table -> (chains, list of (chain, tuple of words))."""
+    """What iptables-save prints -> table -> (chains, list of (chain, tuple of words)). Failure if it says that it
+    cannot print a table: somebody has put rules of nft there."""
     tables, table = {}, None
-    for line in text.splitlines():
+    for line in printed_lines(text):
         if line.startswith("*"):
             table = tables.setdefault(line[1:].strip(), ([], []))
         elif line.startswith(":") and table:
-            table[0].append((line[1:].split()[0], line.split()[1]))
+            table[0].append(tuple(line[1:].split(" ")[:2]))
         elif line.startswith("-A") and table:
             words = rule_words(line)
             table[1].append((words[1], tuple(words[2:])))
+        elif line.startswith("# Table") and "is incompatible" in line:
+            raise Failure(("iptables-save",), line.lstrip("# "))
     return tables
 
 
+def printed_lines(text):
+    """The lines of what iptables-save prints: a comment in quotes may hold any character, line ends too."""
+    lines = iter(text.split("\n"))
+    for line in lines:
+        while '"' in line and re.sub(r"\\.", "", line, flags=re.S).count('"') % 2:
+            more = next(lines, None)
+            if more is None:
+                break
+            line += "\n" + more
+        yield line
+
+
 def rule_words(line):
-    """A printed rule's words; quotes are rare, so the slow splitter is used for those lines only."""
-    if '"' not in line:
-        return line.split()
-    simple = re.sub(r'"([^"\s\\]*)"', r"\1", line)
+    """A printed rule's words. Only a blank divides them, since names may hold what else counts as white space."""
+    simple = re.sub(r'"([^" \\]+)"', r"\1", line)
     if '"' not in simple:
-        return simple.split()
-    import shlex
-    return shlex.split(line)
+        return [word for word in simple.split(" ") if word]
+    found = re.findall(r'"((?:[^"\\]|\\.)*)"|([^ ]+)', line, re.S)
+    return [word or re.sub(r"\\(.)", r"\1", quoted, flags=re.S) for quoted, word in found]
 
 
 def comment_of(rule):
@@ -2601,15 +2688,21 @@ def comment_vpc(comment):
     return found.group(1) if found else None
 
 
-def see_inside(seen, spaces):
-    """Look into namespaces, side by side."""
-    for space, result in in_namespaces(spaces, look_inside).items():
+def see_inside(seen, subnets):
+    """Look into the namespaces of subnets, those that are ours, side by side."""
+    subnets = [subnet for subnet in subnets if ("ns", subnet["ns"]) in seen.facts]
+    found = in_namespaces([subnet["ns"] for subnet in subnets], look_inside)
+    for subnet in subnets:
+        space, port, result = subnet["ns"], ("link", subnet["veth"] + "-b"), found[subnet["ns"]]
         if isinstance(result, Exception):
-            seen.broken[space] = str(result)
+            asked = f"`{shown(result.argv)}`: " if isinstance(result, Failure) else ""
+            seen.broken[space] = asked + str(result)
             continue
         facts, rules = result
         seen.facts.update(facts)
         seen.policies[space] = rules
+        if port in seen.facts and ("inside", space, "card", subnet["veth"] + "-a") not in facts:
+            seen.stale.add(port)                  # somebody inside has given the other end another name
 
 
 def policy_meaning(rules):
@@ -2620,12 +2713,13 @@ def policy_meaning(rules):
 
 def look_inside(space):
     """Called in a namespace -> (its facts, its rules: [(words, is it ours)])."""
-    facts = set()
+    facts = {("inside", space, "card", name) for name in host_interfaces()}
     for link in ask("ip", "-j", "-4", "addr", "show", has="ifname"):
         if "UP" in link.get("flags", ()):
             facts.add(("inside", space, "up", link["ifname"]))
         for address in link.get("addr_info", ()):
-            facts.add(("inside", space, "address", link["ifname"], "%s/%s" % (address["local"], address["prefixlen"])))
+            block = f"{address.get('local')}/{address.get('prefixlen')}"
+            facts.add(("inside", space, "address", link["ifname"], block))
     for route in ask("ip", "-j", "-4", "route", "show", has="dst"):
         facts.add(("inside", space, "route", route["dst"], route.get("gateway")))
     for key, _, _ in NS_SYSCTLS:
@@ -2639,8 +2733,13 @@ def seen_rules():
     if code:
         raise Failure(("iptables-save",), said)
     found = parse_rules(out).get("filter", ((), ()))[1]
-    return [((chain,) + rule, comment_of(rule).startswith("policy-")) for chain, rule in found
-            if chain in ("INPUT", "OUTPUT")]
+    return [((chain,) + rule, is_policy_rule(rule)) for chain, rule in found if chain in ("INPUT", "OUTPUT")]
+
+
+def is_policy_rule(rule):
+    """Whether a rule in a namespace is of its policy; what could not be put in again as it was printed is not."""
+    plain = all(re.match(r"[\w./:,!-]+\Z", word, re.A) for word in rule)
+    return plain and comment_of(rule).startswith("policy-")
 
 
 def seen_policy(space, rules):
@@ -2806,7 +2905,7 @@ def drop_unreadable(ctl, names):
 def delete_vpcs(ctl, names):
     """Delete VPCs together: programs, then all the rest in one go."""
     if ctl.is_unsound(names) and not ctl.dry_run:
-        mend(ctl, names, gone=names)              # look first: what is there is not what the records say
+        mend(ctl, names, names, strict=False)     # look first: what is there is not what the records say
         return [ctl.report("Deleted VPC: %s" % name) for name in names]
     new = ctl.copy()
     spaces = [subnet["ns"] for name in names for subnet in new[name]["subnets"]]
@@ -2831,7 +2930,7 @@ def forget_peer(ctl, name):
     changed = [other for other in new if new[other] != ctl.world[other]]
     if changed:
         ctl.change(new)
-        mend(ctl, changed)                        # the peer could not be read, so its part in this was not known
+        mend(ctl, changed, strict=False)          # the peer could not be read, so its part in this was not known
 
 
 @command("cleanup-all", "cleanup-all", changes=True)
@@ -2955,9 +3054,11 @@ def restore(ctl, args):
 
 
 def clear_strays(ctl, names):
-    """Remove what says it is of one of these VPCs, but is not in its record -> how many things went."""
+    """Remove what says it is of one of these VPCs, but is not in its record, and rules of ours that are of no VPC
+    and in no record (of an earlier version's guard) -> how many things went."""
     seen = observe(ctl.world, inside_too=False)
-    strays = [step for step in orphans(ctl, seen) if seen.owned[step.fact][0] in names]
+    owners = {step: seen.owned[step.fact][0] for step in orphans(ctl, seen)}
+    strays = [step for step, owner in owners.items() if owner in names or (step.fact[0] == "rule" and not owner)]
     ctl.run.transact(strays, [])
     return len(strays)
 
@@ -2972,11 +3073,16 @@ def heal_first(ctl, names):
     unsound = sorted(set(ctl.is_unsound(names)) | set(ctl.intents))
     if unsound:
         ctl.note("first putting right what an interrupted change or a restart has left: %s" % ", ".join(unsound))
-        mend(ctl, unsound)
+        mend(ctl, unsound, strict=False)
 
 
-def mend(ctl, names, gone=()):
-    """Make the kernel match the records of some VPCs, finishing intents; `gone` are to go -> how much was amiss."""
+def mend(ctl, names, gone=(), strict=True):
+    """Make the kernel match the records of some VPCs, finishing intents; `gone` are to go -> how much was amiss.
+
+    The host's part is mended first, for all of them, before anybody looks into a namespace: nothing in there can
+    keep it from that. What could not be put right of a subnet is raised in the end as a Problem, or is a note if
+    not `strict`.
+    """
     new, broken_off = ctl.copy(), ctl.intents
     for name in broken_off:
         new[name] = broken_off[name]
@@ -2987,36 +3093,94 @@ def mend(ctl, names, gone=()):
     steps = plan(new, names)
     stale = plan(ctl.world, names)
     stale.update(plan(intended, names))
-    look = lambda: observe({name: vpc for name, vpc in new.items() if name in names},
-                           adopt=record_names({name: vpc for name, vpc in broken_off.items() if vpc}))
-    seen = look()
+    look = lambda inside_too: observe({name: vpc for name, vpc in new.items() if name in names}, inside_too,
+                                      record_names({name: vpc for name, vpc in broken_off.items() if vpc}))
+    seen = look(False)
     if seen.stale:
         ctl.run.transact(leftovers(seen, set(steps) | set(stale)), [])
-        seen = look()
-    if seen.broken:
-        raise Problem("cannot look into namespace %s: %s" % sorted(seen.broken.items())[0], "", 3)
+        seen = look(False)
     removes, makes = mending(steps, stale, seen)
     end_stranded(ctl, [ctl.world[name] for name in sorted(names) if name in ctl.world])
     evict(ctl, [step.fact[1] for step in removes if step.fact[0] == "ns"])
-    ctl.run.transact(removes, makes)
+    host, _ = parted(makes, new, seen)
+    ctl.run.transact(removes, host)
+    with ctl.run.patience():
+        see_inside(seen, [subnet for name in names if name in new for subnet in new[name]["subnets"]])
+        if seen.stale:
+            ctl.run.transact(leftovers(seen, steps), [])
+            seen = look(True)
+        _, parts = parted(mending(steps, {}, seen)[1], new, seen)
+        troubles = mend_subnets(ctl, parts) + unseen(new, seen)
+        started, touched = mend_records(ctl, new, names, troubles)
+    if strict and troubles:
+        raise Problem("; ".join(map(str, troubles)), troubles[0].hint, 3)
+    for problem in troubles:
+        ctl.note(f"{problem}; {problem.hint}" if problem.hint else str(problem))
+    return len(removes) + len(host) + sum(map(len, parts.values())) + started + touched
+
+
+def parted(makes, world, seen):
+    """Pairs to make -> (those of the host, name of a subnet -> those of its namespace and its cable). Of a
+    namespace that could not be looked into only the cable, and that is not switched on."""
+    owners, host, parts = {}, [], {}
+    for vpc in world.values():
+        for subnet in vpc["subnets"]:
+            owner = f"{vpc['name']}/{subnet['name']}", subnet["ns"]
+            owners["ns", subnet["ns"]] = owners["link", subnet["veth"] + "-b"] = owner
+    for pair in makes:
+        step = pair[1]
+        name, space = owners.get(step.fact) or owners.get(step.holder) or (None, None)
+        if not name:
+            host.append(pair)
+        elif space not in seen.broken or step.phase not in (INSIDE, PLUG):
+            parts.setdefault(name, []).append(pair)
+    return host, parts
+
+
+ANEW = "all else was put right; deleting and adding that subnet makes it anew, and ends what runs in it"
+
+
+def unseen(world, seen):
+    """A Problem for each subnet whose namespace could not be looked into. It is not made anew: that would end the
+    programs in it, and what somebody has put there may be meant."""
+    names = {subnet["ns"]: f"{vpc['name']}/{subnet['name']}" for vpc in world.values() for subnet in vpc["subnets"]}
+    return [Problem(f"could not look into subnet {names[space]}: {why}", ANEW, 3)
+            for space, why in sorted(seen.broken.items())]
+
+
+def mend_subnets(ctl, parts):
+    """Make what is missing of subnets: side by side, or, if that fails, each by itself -> a Problem for each that
+    cannot be put right."""
+    try:
+        ctl.run.transact([], [pair for part in parts.values() for pair in part])
+        return []
+    except (Problem, OSError) as trouble:
+        if len(parts) == 1:
+            return [Problem(f"could not put right subnet {name}: {trouble}", ANEW, 3) for name in parts]
+        ctl.note(f"{trouble}; once more, each subnet by itself")
+    return [problem for name in parts for problem in mend_subnets(ctl, {name: parts[name]})]
+
+
+def mend_records(ctl, new, names, troubles):
+    """When the kernel matches: programs, then records; `troubles` receives a Problem for each program that does
+    not start -> (how many were started, how many records changed)."""
     note_lost(ctl, new)
     for name in sorted(names):
         kept = [(app["subnet"], app["port"]) for app in (new.get(name) or {"apps": ()})["apps"]]
         for app in (ctl.world.get(name) or {"apps": ()})["apps"]:
             if (app["subnet"], app["port"]) not in kept and is_alive(app):
                 halt(ctl, app)
-    troubles = []
-    started = revive_apps(ctl, [new[name] for name in sorted(names) if name in new], troubles)
-    for name, app, problem in troubles:
-        if not app["start"]:                      # its deployment was cut short, and it never ran
+    silent = []
+    started = revive_apps(ctl, [new[name] for name in sorted(names) if name in new], silent)
+    for name, app, problem in silent:
+        if app["start"]:
+            troubles.append(problem)
+        else:                                     # its deployment was cut short, and it never ran
             new[name]["apps"].remove(app)
             ctl.note("%s; taken out of the record" % problem)
     touched = [name for name in sorted(set(new) | set(ctl.world)) if new.get(name) != ctl.world.get(name)]
-    ctl.finish(set(touched) | set(broken_off), new)
-    for _, app, problem in troubles:
-        if app["start"]:
-            raise problem
-    return len(removes) + len(makes) + started + len(touched)
+    ctl.finish(set(touched) | set(ctl.intents), new)
+    return started, len(touched)
 
 
 def settle_peers(world, damaged=()):
@@ -4424,13 +4588,14 @@ def look_for_drift(ctl):
             told.add(fact)
             if fact in seen.foreign:
                 findings.append((name, "not ours", describe(step)))
-            elif not (fact[0] == "inside" and fact[1] in seen.broken):
+            elif not (fact[0] in ("inside", "policy") and fact[1] in seen.broken):
                 kind = "changed" if seen.holds(step, any_content=True) else "missing"
                 findings.append((name, kind, describe(step)))
         findings += [(name, "missing", "app on port %d in subnet %s" % (app["port"], app["subnet"]))
                      for app in world[name]["apps"] if not is_alive(app)]
     findings += [("", "in no record", describe(step)) for step in orphans(ctl, seen)]
-    findings += [("", "cannot look into", "%s: %s" % pair) for pair in seen.broken.items()]
+    owners = {subnet["ns"]: name for name, vpc in world.items() for subnet in vpc["subnets"]}
+    findings += [(owners[space], "cannot look into", f"{space}: {why}") for space, why in seen.broken.items()]
     return findings, capability_notes(world, seen)
 
 
@@ -4836,8 +5001,10 @@ def route_hop(flow):
             return hop(True, "%s is a listed block of peer %s" % (block, flow.far["name"]))
         why = "no listed block of peer %s holds %s" if peer else "not peered with %s, whose range holds %s"
         return hop(False, why % (flow.far["name"], address) + ": unreachable", peer_remedy(flow))
-    if int(address.split(".")[0]) in range(224, 240) or address == "255.255.255.255":
-        return hop(False, "multicast and broadcast are not routed", "nothing does, by design")
+    block = next((block for block in UNROUTED if ip_inside(address, block)), None)
+    if block:
+        return hop(False, f"{address} is in {block}, which is no network out there: unreachable",
+                   "nothing does, by design")
     if not nat:
         return hop(False, "%s is outside and there is no NAT: unreachable" % address,
                    "vpcctl enable-nat %s" % home["name"])
@@ -5209,9 +5376,30 @@ Type   exit   to end it: every VPC, process and network in it is gone then.
 """
 SANDBOX_SUDO = """\
 #!/bin/sh
-# in the sandbox one is root already
-while case "$1" in -E|-H|-n|--) true;; *) false;; esac; do shift; done
-exec env "$@"
+# in the sandbox one is root already, and can be another user where there are others
+user=root group=
+refuse() { echo "sudo: in the sandbox, $*" >&2; exit 1; }
+while case "$1" in
+    -u|--user) [ $# -gt 1 ] || refuse "$1 needs a user"; user=$2; shift;;
+    -g|--group) [ $# -gt 1 ] || refuse "$1 needs a group"; group=$2; shift;;
+    --user=*) user=${1#*=};;
+    --group=*) group=${1#*=};;
+    -u*) user=${1#-u};;
+    -g*) group=${1#-g};;
+    -E|-H|-n|--preserve-env|--set-home|--non-interactive) ;;
+    --) shift; false;;
+    -*) refuse "the option $1 is not known; -u USER, -g GROUP, -E, -H and -n are";;
+    *) false;;
+esac; do shift; done
+[ $# -gt 0 ] || refuse "a command is missing: sudo [-u USER] [-g GROUP] COMMAND"
+[ "$user$group" = root ] && exec env "$@"
+uid=$(id -u "$user" 2>/dev/null) || refuse "there is no user '$user'"
+gid=$(id -g "$user")
+[ -z "$group" ] || gid=$(getent group "$group" | cut -d: -f3)
+[ -n "$gid" ] || refuse "there is no group '$group'"
+setpriv --reuid="$uid" --regid="$gid" --init-groups true 2>/dev/null ||
+    refuse "there is no other user than root, since an ordinary user started it (sudo vpcctl sandbox has all)"
+exec setpriv --reuid="$uid" --regid="$gid" --init-groups env "$@"
 """
 
 
@@ -5234,7 +5422,7 @@ def sandbox_first(ctl, args):
 
 def sandbox_argv(script, command, root):
     """Return the command line that starts `command` (empty: a shell) in new namespaces."""
-    argv = ["unshare", "--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
+    argv = ["unshare", "--net", "--mount", "--uts", "--ipc", "--pid", "--fork", "--kill-child", "--mount-proc"]
     if not root:
         argv += ["--user", "--map-root-user"]   # root in there, and nothing but oneself outside
     return argv + own_command(script) + ["__sandbox-init", "--"] + command
@@ -5243,9 +5431,9 @@ def sandbox_argv(script, command, root):
 def own_command(script):
     """Return the command line that starts this very file again, with the Python that runs it now."""
     python, folder = sys.executable or "python3", os.path.dirname(script)
-    if os.path.basename(script) != "vpcctl.py":
-        return [python, script]
-    return [python, "-ISc", "import os, sys; u = os.umask(18); sys.path.insert(0, %r); import vpcctl; vpcctl.start(u)"
+    if __name__ != "vpcctl":                      # it was not started as a module, and perhaps for a reason
+        return [python, "-IS", script]
+    return [python, "-ISc", "import os, sys; u = os.umask(18); sys.path.append(%r); import vpcctl; vpcctl.start(u)"
             % folder]
 
 
@@ -5307,14 +5495,11 @@ def take_terminal_back():
 
 def check_sandbox_tools():
     """Raise Problem (4) with the package's name if a program that the sandbox needs is missing."""
-    path = os.environ.get("PATH", os.defpath)
-    path += "".join(":" + folder for folder in ("/usr/sbin", "/sbin") if folder not in path.split(":"))
     for program, package in (("unshare", "util-linux"), ("mount", "util-linux or mount"),
                              ("ip", "iproute2 (on RHEL: iproute)")):
         if not find_tool(program):
             raise Problem("the sandbox needs '%s', which is not installed" % program,
                           hint="install the package %s" % package, code=4)
-    os.environ["PATH"] = path
 
 
 def sandbox_refused():
@@ -5353,6 +5538,7 @@ def sandbox_init(command, umask):
     line.send(b"+")
     wanted = {getattr(signal, name) for name in SANDBOX_SIGNALS}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, wanted)
+    socket.sethostname("sandbox")
     sandbox_mounts()
     sandbox_internet(before)
     argv = sandbox_environment(command)
@@ -5859,6 +6045,7 @@ def parse(words, parser=None):
 
 def main(words=None, umask=UMASK):
     """Run one command line, and see that its output got out -> exit code. `umask`: what the user's programs get."""
+    os.environ["PATH"] = ":".join(search_path())
     try:
         code = obey(sys.argv[1:] if words is None else words, umask)
     except SystemExit as end:                     # argparse, after --help and --version
@@ -5926,7 +6113,6 @@ def need_root():
 
 def need_tools():
     """Problem 4 if a system tool is missing."""
-    os.environ["PATH"] = os.environ.get("PATH", "/usr/bin:/bin") + ":/usr/sbin:/sbin"
     for tool in ("ip", "bridge", "iptables", "iptables-restore"):
         if not find_tool(tool):
             raise missing_tool(tool)
@@ -5975,4 +6161,4 @@ def start(umask=None):
 
 
 if __name__ == "__main__":
-    start()
+    start(globals().get("umask"))

@@ -55,6 +55,18 @@ class InstallTest(unittest.TestCase):
         self.assertEqual(self.make("uninstall").code, 0)
         self.assertEqual([names for _, _, names in os.walk(root) if names], [])
 
+    def test_a_folder_in_which_others_write_is_named(self):
+        copy = os.path.join(self.folder, "copy")
+        os.makedirs(copy + "/tests", 0o755)
+        for name in ("Makefile", "vpcctl.py", "tests/packages.sh"):
+            shutil.copy(os.path.join(ROOT, name), os.path.join(copy, name))
+        for mode, said in ((0o755, False), (0o775, True), (0o777, True), (0o1777, False)):
+            os.chmod(copy, mode)
+            done = run(["make", "-C", copy, "--no-print-directory", "install", "PYTHON=" + sys.executable,
+                        "DESTDIR=" + os.path.join(self.folder, "root")])
+            self.assertEqual(done.code, 0, str(done))
+            self.assertEqual("note: %s is d" % copy in done.out, said, "%o: %s" % (mode, done))
+
     def test_without_systemd_one_line_says_what_to_add(self):
         prefix = os.path.join(self.folder, "prefix")
         if os.path.isdir("/run/systemd/system") and os.geteuid() == 0:

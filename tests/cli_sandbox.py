@@ -53,6 +53,15 @@ class OutsideTest(unittest.TestCase):
         if trial.code == 4:
             raise unittest.SkipTest("no sandbox to be had here: " + trial.err.strip())
 
+    def test_its_own_namespaces(self):
+        """Network, mounts, processes, host name, and shared memory; the host name that is set in there stays there."""
+        kinds, name = ("net", "mnt", "pid", "uts", "ipc"), os.uname()[1]
+        told = vpcctl("sandbox", "--", sys.executable, "-c", "import os\nfor kind in %r:\n    print(os.readlink("
+                      "'/proc/self/ns/' + kind))\nprint(os.uname()[1])" % (kinds,)).out.split()
+        self.assertEqual((told.pop(), os.uname()[1]), ("sandbox", name))
+        for kind, found in zip(kinds, told):
+            self.assertNotEqual(found, os.readlink("/proc/self/ns/" + kind))
+
     def start(self, script):
         """Start a shell script in a sandbox, wait for its `sleep 301`; returns the process and its family."""
         child = subprocess.Popen([sys.executable, VPCCTL, "sandbox", "--", "sh", "-c", script],
@@ -95,7 +104,7 @@ class OutsideTest(unittest.TestCase):
 
     def test_dry_run_shows_the_command(self):
         result = vpcctl("--dry-run", "sandbox")
-        self.assertTrue(re.match(r">>> unshare --net --mount --pid ", result.out), result.out)
+        self.assertTrue(re.match(r">>> unshare --net --mount --uts --ipc --pid ", result.out), result.out)
 
     def test_gone_after_exit(self):
         mark = "300.%d" % os.getpid()      # other sandboxes may come and go meanwhile

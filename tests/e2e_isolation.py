@@ -265,7 +265,7 @@ class MatrixTest(World):
             self.assertIn("-i br-blue -j vpc-blue", vpcctl("verify", code=1).out)
             vpcctl("restore")
             self.nothing_amiss()
-            self.assertEqual(settle("iptables", "-S", "FORWARD").splitlines()[-1], "-A FORWARD -i side10 ! -o side10 -j ACCEPT")
+            self.assertEqual(settle("iptables", "-S", "FORWARD").splitlines()[-2], "-A FORWARD -i side10 ! -o side10 -j ACCEPT")
         finally:
             for words in first:
                 settle("iptables", "-D", "FORWARD", *words + ("-j", "ACCEPT"))

@@ -1,13 +1,23 @@
 """NAT and published ports: only masqueraded sources go out, nothing comes in, the host's own forwarding is as it was."""
 
+import contextlib
+import errno
 import socket
+import struct
 import unittest
 
 from packets import (ICMP, TCP, Ear, Probe, check, datagram, echo_request, echoing, ether, ipv4, mac_of, neighbour_net,
                      send_frames, settle, switch, tcp, udp, ways)
-from support import (INTERNET, SandboxTest, entered, http_get, internet_pid, listener, run, subnet, vpcctl)
+from support import (INTERNET, LONG, SandboxTest, checksum, entered, http_get, internet_pid, listener, run, socket_in, subnet,
+                     vpcctl, wait_until)
 
 FORWARD = "net/ipv4/ip_forward"
+
+
+def icmp_error(code, source, target, quoted, mtu=0):
+    """A "destination unreachable" (3: port, 4: too big) from source to target about a packet."""
+    body = struct.pack("!BBHHH", 3, code, 0, 0, mtu) + quoted
+    return ipv4(source, target, ICMP, body[:2] + struct.pack("!H", checksum(body)) + body[4:])
 
 
 def sources(ear):
@@ -193,6 +203,150 @@ class NatTest(SandboxTest):
         finally:
             vpcctl("cleanup-all")
             switch(FORWARD, 0)
+
+    def test_interfaces_that_come_later(self):
+        """Two networks that were not there when forwarding was switched on: apart, unless somebody's rule says else."""
+        vpcctl("enable-nat", "blue", "--interface", "eth0")
+        for number in (1, 2):
+            neighbour_net("side%d" % number, "192.168.7%d.2" % number, "192.168.7%d.1" % number)
+        self.assertEqual(switch("net/ipv4/conf/side10/forwarding"), "1")
+        apart = lambda: ways(False, "side1", "192.168.72.2") + ways(False, "side2", "192.168.71.2") + [
+            Probe(False, "side1", "tcp", INTERNET, 80)] + ways(False, "side1", "10.1.1.2")
+        out = lambda: ways(True, "side1", "192.168.71.1") + [Probe(True, "ns-blue-b1", "tcp", INTERNET, 80)]
+        rules = [["-i", "side10", "-o", "side20"], ["-i", "side20", "-o", "side10"]]
+        with echoing("side1", "side2", "ns-blue-b1", None):
+            check(self, apart() + out(), "strangers")
+            try:
+                for rule in rules:
+                    settle("iptables", "-I", "FORWARD", *rule + ["-j", "ACCEPT"])
+                check(self, ways(True, "side1", "192.168.72.2") + ways(False, "side1", "10.1.1.2"), "by their own rules")
+                for rule in rules:
+                    settle("iptables", "-D", "FORWARD", *rule + ["-j", "ACCEPT"])
+                    settle("iptables", "-A", "FORWARD", *rule + ["-j", "ACCEPT"])
+                self.assertIn("FORWARD -j vpcctl-rest", vpcctl("verify", code=1).out)
+                vpcctl("restore")
+                self.assertEqual(settle("iptables", "-S", "FORWARD").splitlines()[-1].split()[-1], "vpcctl-rest")
+                check(self, ways(True, "side1", "192.168.72.2") + out(), "last again")
+            finally:
+                for rule in rules:
+                    run(["iptables", "-D", "FORWARD"] + rule + ["-j", "ACCEPT"])
+            self.assertEqual(vpcctl("verify").code, 0)
+            vpcctl("disable-nat", "blue")
+            self.assertNotIn("vpcctl-rest", settle("iptables-save"))
+
+    def test_single_switches_of_others_work_on(self):
+        """Networks that passed packets on by their own switches go on doing so while VPCs have NAT."""
+        for number in (1, 2):
+            neighbour_net("side%d" % number, "192.168.7%d.2" % number, "192.168.7%d.1" % number)
+            switch("net/ipv4/conf/side%d0/forwarding" % number, 1)
+        with echoing("side2"):
+            check(self, ways(True, "side1", "192.168.72.2"), "before")
+            vpcctl("enable-nat", "blue", "--interface", "eth0")
+            check(self, ways(True, "side1", "192.168.72.2") + [Probe(True, "ns-blue-b1", "tcp", INTERNET, 80)], "with NAT")
+
+    def test_addresses_of_no_network(self):
+        """Link-local (a cloud host's metadata service), reserved: not by NAT, by either layer; private ranges are."""
+        never, private = ("169.254.169.254", "240.1.2.3"), ("192.168.99.9", "100.64.9.9")
+        with entered(self.net):
+            for address in never + private:
+                settle("ip", "address", "add", address + "/32", "dev", "lo")
+        probes = lambda: [Probe(False, ns, kind, address) for ns in ("ns-blue-b1", "ns-red-r1") for address in never
+                          for kind in ("tcp", "udp", "icmp")] + [
+            Probe(True, where, "tcp", address) for where, found in (("ns-blue-b1", private), (None, never)) for address in found]
+        try:
+            vpcctl("enable-nat", "blue", "--interface", "eth0")
+            with echoing(self.net):
+                check(self, probes(), "with NAT")
+                settle("iptables", "-t", "mangle", "-F")
+                check(self, probes(), "by routing alone")
+                self.assertIn("-t mangle", vpcctl("verify", code=1).out)
+                vpcctl("restore")
+                settle("ip", "route", "flush", "table", "7000")
+                check(self, probes(), "by the firewall alone")
+                self.assertIn("169.254.0.0/16", vpcctl("verify", code=1).out)
+                vpcctl("restore")
+                vpcctl("delete", "red")
+                check(self, probes()[:6] + [Probe(True, "ns-blue-b1", "tcp", private[0])], "restored")
+            self.assertEqual(vpcctl("verify").code, 0)
+            said = vpcctl("explain", "blue", "b1", never[0], "--port", "80", code=1).out
+            self.assertIn("169.254.0.0/16", said)
+        finally:
+            with entered(self.net):
+                for address in never + private:
+                    run(["ip", "address", "del", address + "/32", "dev", "lo"])
+
+    def talking(self, stack, ns, address, port):
+        """A connected UDP socket that has had an answer -> (socket, its port)."""
+        sock = stack.enter_context(contextlib.closing(socket_in(ns, socket.SOCK_DGRAM)))
+        sock.settimeout(LONG)
+        sock.connect((address, port))
+        sock.send(b"one")
+        self.assertEqual(sock.recv(9), b"one")
+        return sock, sock.getsockname()[1]
+
+    def test_forged_errors_about_the_hosts_own_connections(self):
+        """ICMP errors from a VPC count for what the host opened to it, and for nothing else."""
+        ns, device, own, gate = self.wire("blue", "b1")
+        for nat in (False, True):
+            if nat:
+                vpcctl("enable-nat", "blue", "--interface", "eth0")
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(listener(self.net, 5300, INTERNET, "udp"))
+                sock, port = self.talking(stack, None, INTERNET, 5300)
+                quoted = ipv4("192.0.2.2", INTERNET, 17, udp("192.0.2.2", INTERNET, port, 5300, b"<quoted>"))
+                send_frames(ns, device, [
+                    ether(gate, own, icmp_error(code, "10.1.1.2", target, quoted, 600))
+                    for code in (3, 4) for target in ("192.0.2.2", "10.1.1.1", "10.1.0.1")])
+                near = stack.enter_context(contextlib.closing(socket_in(None, socket.SOCK_DGRAM)))
+                near.settimeout(LONG)
+                near.connect(("10.1.1.2", 9))
+                near.send(b"nobody listens")
+                with self.assertRaises(ConnectionRefusedError, msg="the control: a true error arrives"):
+                    near.recv(9)
+                self.assertEqual(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR), 0, "the query was ended")
+                self.assertEqual(sock.getsockopt(socket.IPPROTO_IP, 14), 1500, "IP_MTU was lowered")
+                sock.send(b"two")
+                self.assertEqual(sock.recv(9), b"two")
+
+    def test_forged_errors_about_another_vpcs_connections(self):
+        """Out by NAT go errors about one's own connections only."""
+        for vpc in ("blue", "red"):
+            vpcctl("enable-nat", vpc, "--interface", "eth0")
+        ns, device, own, gate = self.wire("blue", "b1")
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(listener(self.net, 5300, INTERNET, "udp"))
+            outside = stack.enter_context(Ear(self.net, "eth0"))
+            frames = []
+            for place, address, token in (("ns-red-r1", "10.2.1.2", b"<other>"), (ns, "10.1.1.2", b"<own>")):
+                _, port = self.talking(stack, place, INTERNET, 5300)
+                quoted = ipv4(INTERNET, address, 17, udp(INTERNET, address, 5300, port, token))
+                frames.append(ether(gate, own, icmp_error(3, "10.1.1.2", INTERNET, quoted)))
+            send_frames(ns, device, frames)
+            self.assertTrue(outside.wait(b"<own>"), "the control: an error about an own connection leaves")
+            self.assertEqual(outside.heard(b"<other>"), 0)
+
+    def test_errors_do_not_carry_strangers_in(self):
+        """From outside, an ICMP error about a connection of the host's own is no ticket to another network of it (Linux
+        5.1 and later see to that themselves); those about a subnet's connections arrive."""
+        neighbour_net("side1", "192.168.71.2", "192.168.71.1")
+        vpcctl("enable-nat", "blue", "--interface", "eth0")
+        settle("iptables", "-A", "FORWARD", "-o", "side10", "-j", "ACCEPT")
+        host = mac_of("eth0")
+        with entered(self.net):
+            own = mac_of("eth0")
+        with contextlib.ExitStack() as stack:
+            stack.callback(run, ["iptables", "-D", "FORWARD", "-o", "side10", "-j", "ACCEPT"])
+            stack.enter_context(listener(self.net, 5300, INTERNET, "udp"))
+            side = stack.enter_context(Ear("side1", "eth0"))
+            _, port = self.talking(stack, None, INTERNET, 5300)
+            quoted = ipv4("192.0.2.2", INTERNET, 17, udp("192.0.2.2", INTERNET, port, 5300, b"<stranger>"))
+            send_frames(self.net, "eth0", [ether(host, own, icmp_error(3, "192.0.2.1", "192.168.71.2", quoted))])
+            sock = stack.enter_context(contextlib.closing(socket_in("ns-blue-b1", socket.SOCK_DGRAM)))
+            sock.connect((INTERNET, 5999))
+            sock.send(b"nobody listens")
+            self.assertEqual(wait_until(lambda: sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR), LONG, "a true error"),
+                             errno.ECONNREFUSED)
+            self.assertEqual(side.heard(b"<stranger>"), 0)
 
     def test_single_switches_of_others_come_back(self):
         """An interface that forwarded by its own switch does so again after the last NAT."""

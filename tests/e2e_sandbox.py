@@ -53,6 +53,30 @@ class InsideTest(SandboxTest):
         self.assertEqual(run(["sudo", "ANSWER=42", "printenv", "ANSWER"]).out, "42\n")
         self.assertEqual(run(["sudo", "vpcctl", "--version"]).out, vpcctl("--version").out)
 
+    def test_sudo(self):
+        """Root already; another user where there are others; nothing that it does not know."""
+        self.assertEqual(run(["sudo", "-E", "-u", "root", "--", "id", "-u"]).out, "0\n")
+        for words, said in ((["-Z", "true"], "-Z"), (["-u"], "needs a user"), (["-u", "no-such-user", "true"], "no-such-user"),
+                            (["-E"], "command")):
+            refused = run(["sudo"] + words)
+            self.assertEqual(refused.code, 1, refused)
+            self.assertIn(said, refused.err)
+        with open("/proc/self/uid_map") as handle:
+            alone = handle.read().split()[2] == "1"
+        for words in (["-u", "nobody"], ["-unobody"], ["--user=nobody"], ["-n", "--user", "nobody"]):
+            with self.subTest(words):
+                done = run(["sudo"] + words + ["sh", "-c", "id -u; : 2>/dev/null >/run/vpcctl-data/mine"])
+                if alone:
+                    self.assertEqual((done.code, done.out), (1, ""), done)
+                    self.assertIn("no other user", done.err)
+                else:
+                    self.assertEqual(done.out, run(["id", "-u", "nobody"]).out)
+                    self.assertNotEqual(done.code, 0, "it wrote where only root may")
+        self.assertFalse(os.path.exists("/run/vpcctl-data/mine"))
+
+    def test_host_name(self):
+        self.assertEqual(os.uname()[1], "sandbox")
+
     def test_a_sandbox_in_the_sandbox(self):
         inner = vpcctl("sandbox", "--", "sh", "-c",
                        "mkdir /etc/netns/inner; ip -br address show dev eth0; head -c 4 /etc/passwd; exit 9",

@@ -15,6 +15,7 @@ missing() {
     if [ "$1" = ci ]; then
         have ps   || echo "$1" procps procps-ng
         have make || echo "$1" make make
+        have nft  || echo "$1" nftables nftables
     fi
 }
 

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import select
+import shutil
 import socket
 import struct
 import subprocess
@@ -72,6 +73,11 @@ def vpcctl(*args, **options):
 def in_ns(ns, argv, **options):
     """Run a command in a namespace (None: here) and return its Result."""
     return run((["ip", "netns", "exec", ns] if ns else []) + list(argv), **options)
+
+
+def find_program(name):
+    """Return the path of a program, also where an ordinary user's PATH does not look, or None."""
+    return shutil.which(name, path=os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin")
 
 
 def record(vpc):

@@ -129,9 +129,9 @@ class Explain(unittest.TestCase):
         self.assertTrue(all(hop.ok is not False for hop in ask(world, "blog/db", "192.0.2.1", 443)))
         self.blocked(ask(world, "blog/web", "lone/web"), "route table", "not peered",
                      "vpcctl peer blog lone --allow-cidrs 10.20.1.0/24,10.40.1.0/24")
-        for address in ("224.0.0.1", "255.255.255.255"):
+        for address in ("224.0.0.1", "255.255.255.255", "169.254.169.254", "240.0.0.1", "0.1.2.3"):
             hops = ask(world, "blog/web", address)
-            self.blocked(hops, "route table", "not routed", "nothing does, by design")
+            self.blocked(hops, "route table", "no network out there", "nothing does, by design")
 
     def test_gateways(self):
         for address in ("10.20.0.1", "10.20.1.1", "10.20.2.1"):

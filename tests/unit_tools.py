@@ -90,7 +90,8 @@ class RecordedTest(unittest.TestCase):
             with open(os.path.join(DATA, "vpc_%s.json" % name)) as handle:
                 world[name] = json.load(handle)
         kinds = ("ns", "ours", "link", "alias", "mac", "up", "master", "port", "fdb", "address", "neighbour", "route", "lookup")
-        steps = {fact: step for fact, step in tool.plan(world).items() if fact[0] in kinds}
+        later = {step.fact for step in tool.plan_unrouted()}      # vpcctl makes these since the answers were recorded
+        steps = {fact: step for fact, step in tool.plan(world).items() if fact[0] in kinds and fact not in later}
         self.assertEqual({fact[0] for fact in steps}, set(kinds))
         flags = kernel_says(recorded(os.path.join(DATA, "iproute2-6.1.txt")))
         for path in glob.glob(os.path.join(DATA, "iproute2-*.txt")):
@@ -194,7 +195,7 @@ class BatchTest(unittest.TestCase):
             known = set(there)
             sizes.append(len(given))
             if len(sizes) == killed:
-                return -9, "", ""
+                return -9, "", "ended by signal 9"
             for number, line in enumerate(given, 1):
                 words = line.split()
                 if words[1] == "add":
