@@ -3612,8 +3612,7 @@ def accounts():
     for name, fields in (("passwd", rb"(?m)^[^:\n]*:[^:\n]*:(\d+):(\d*)"), ("group", rb"(?m)^[^:\n]*:[^:\n]*:(\d+)():"),
                          ("subuid", rb"(?m)^[^:\n]*:(\d+):(\d+)"), ("subgid", rb"(?m)^[^:\n]*:(\d+):(\d+)")):
         try:
-            with open("/etc/" + name, "rb") as table:
-                pairs = [(int(one), int(two or one)) for one, two in re.findall(fields, table.read())]
+            pairs = [(int(one), int(two or one)) for one, two in re.findall(fields, read_bytes("/etc/" + name))]
         except OSError:
             continue
         found += [(one, one + two - 1) for one, two in pairs] if name.startswith("sub") else [
@@ -3754,10 +3753,8 @@ def listening(table="self", kinds=("tcp", "tcp6", "udp", "udp6")):
 def process_start(pid):
     """A process's identity beside its number: boot id and start time; empty if it has ended."""
     try:
-        with open("/proc/%d/stat" % pid, "rb") as handle:
-            fields = handle.read().rpartition(b")")[2].split()
-        with open("/proc/sys/kernel/random/boot_id") as handle:
-            boot = handle.read().strip()
+        fields = read_bytes("/proc/%d/stat" % pid).rpartition(b")")[2].split()
+        boot = read_bytes("/proc/sys/kernel/random/boot_id").decode().strip()
     except OSError:
         return ""
     ended = fields[0] in b"ZX" and int(fields[17]) <= 1           # its first thread may have ended before the others
@@ -3769,9 +3766,27 @@ def is_alive(app):
     if app["pid"] <= 1 or not app["start"] or process_start(app["pid"]) != app["start"]:
         return False
     try:
-        return (os.stat("/proc/%d/ns/net" % app["pid"]).st_ino == os.stat(os.path.join(NETNS_DIR, app["ns"])).st_ino)
+        return network_of(app["pid"]) == os.stat(os.path.join(NETNS_DIR, app["ns"])).st_ino
     except OSError:
         return False
+
+
+def by_threads(pid, name, look):
+    """What look(path) says of a process's file in /proc. OSError if it has ended; if its first thread has, and others go
+    on, only theirs have something in it."""
+    for thread in os.listdir("/proc/%d/task" % pid):
+        try:
+            found = look("/proc/%d/task/%s/%s" % (pid, thread, name))
+        except OSError:
+            continue
+        if found:
+            return found
+    raise OSError(errno.ESRCH, os.strerror(errno.ESRCH), "/proc/%d/%s" % (pid, name))
+
+
+def network_of(pid):
+    """The inode of a process's network namespace. OSError if it has ended."""
+    return by_threads(pid, "ns/net", lambda path: os.stat(path).st_ino)
 
 
 Process = namedtuple("Process", "name parent user session")
@@ -3787,8 +3802,7 @@ def processes():
         if not entry.isdigit() or int(entry) in (1, os.getpid()):
             continue
         try:
-            with open("/proc/%s/status" % entry, "rb") as handle:
-                facts = STATUS.match(handle.read())
+            facts = STATUS.match(read_bytes("/proc/%s/status" % entry))
         except OSError:
             continue                              # it has just ended
         if facts and (facts.group(2) not in b"ZX" or int(facts.group(6)) > 1):
@@ -3808,7 +3822,7 @@ def processes_in(spaces, pids):
     wanted.pop(os.stat("/proc/self/ns/net").st_ino, None)
     for pid in pids if wanted else ():
         try:
-            inode = os.stat("/proc/%d/ns/net" % pid).st_ino
+            inode = network_of(pid)
         except OSError:
             continue
         if inode in wanted:
@@ -3855,10 +3869,15 @@ def kin(app, known):
 def tagged(pid, tag):
     """Whether a process carries an app's tag in its environment."""
     try:
-        with open("/proc/%d/environ" % pid, "rb") as handle:
-            return ("VPCCTL_APP=" + tag).encode() in handle.read().split(b"\0")
+        return ("VPCCTL_APP=" + tag).encode() in by_threads(pid, "environ", read_bytes).split(b"\0")
     except OSError:
         return False
+
+
+def read_bytes(path):
+    """All of a file."""
+    with open(path, "rb") as handle:
+        return handle.read()
 
 
 def signal_user(user, number):
@@ -3874,8 +3893,7 @@ def signal_user(user, number):
             os.setgroups([])
             os.setresgid(unused, unused, unused)
             os.setresuid(unused, user, unused)
-            with open("/proc/thread-self/status", "rb") as handle:
-                powerless = re.search(rb"(?m)^CapEff:\t0+$", handle.read())
+            powerless = re.search(rb"(?m)^CapEff:\t0+$", read_bytes("/proc/thread-self/status"))
             if powerless and os.getresuid() == (unused, user, unused):
                 os.kill(-1, number)
                 os._exit(0)
