@@ -44,11 +44,11 @@ PREF_OWN, PREF_FENCE, PREF_OUT, PREF_END, PREF_VOID, PREF_IN, PREF_SHUT = (str(7
 MARK_BITS, MARK_SALT = 12, (1 << 12) - 1
 NETNS_DIR, ETC_NETNS, RUN_DIR = "/run/netns", "/etc/netns", "/run/vpcctl"
 NOBODY = 65534
-# Who shares a user id may read another's memory, take its sockets, and end it; so each app has an id of its own, and is
-# found by it wherever it goes. The first range lies above what SSSD and FreeIPA make up for a directory's accounts (up
-# to 2000200000), and below systemd's ids of foreign images (2147352576) and what old tools read as negative. The second
-# is for containers with 65,536 ids: what systemd leaves free below those of DynamicUser. The id before each is nobody's,
-# see `signal_user`.
+# Who shares a user id may read another's memory, take its sockets, and end it; so each app has an id of its
+# own, and is found by it wherever it goes. The first range lies above what SSSD and FreeIPA make up for a
+# directory's accounts (up to 2000200000), and below systemd's ids of foreign images (2147352576) and what old
+# tools read as negative. The second is for containers with 65,536 ids: what systemd leaves free below those
+# of DynamicUser. The id before each is nobody's, see `signal_user`.
 APP_USERS = (2100000001, 2147000000), (60579, 61183)
 UMASK = 0o022                     # others read what we make (apps, `list` without root), and nobody else writes
 LOCK_WAIT, APP_WAIT, STOP_WAIT, LOG_LIMIT, PROBE_SIZE = 60.0, 10.0, 5.0, 1 << 20, 1 << 16
@@ -608,8 +608,9 @@ def _mkdir(*words):
 
 
 def close_folder(path, deep=False):
-    """See that nobody else can write in a folder of ours, and (`deep`) in those in it. OSError if it is a link or another's,
-    or holds what is another's: it may have been open, and what others put there must not lead us elsewhere."""
+    """See that nobody else can write in a folder of ours, and (`deep`) in those in it. OSError if it is a
+    link, is another's, or holds what is another's: it may have been open, and what others put there must not
+    lead us astray."""
     handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         mode, owner = os.fstat(handle).st_mode, os.fstat(handle).st_uid
@@ -676,42 +677,6 @@ def _neighbour(table, verb, target, *words):
     kind, how = (28, 0x505) if verb == "replace" else (29, 0x005)             # RTM_NEWNEIGH, RTM_DELNEIGH
     number = socket.if_nametoindex(named["dev"])
     rtnetlink(kind, how, struct.pack("=BxxxiHBB", family, number, state, flags, 0) + facts)
-
-
-AF_BRIDGE = 7
-# Switches of a bridge's port for which `ip` got its words only with 5.18: IFLA_BRPORT_….
-PORT_FLAGS = {"bcast_flood": 30, "locked": 39}
-
-
-def by_netlink(argv, said):
-    """A command for a port's switch that this `ip` does not know -> the same as a message to the kernel, or None."""
-    if "bridge_slave" in argv and argv[-2] in PORT_FLAGS and "unknown option" in said:
-        return ("netlink", "RTM_SETLINK", argv[3]) + argv[-2:]
-    return None
-
-
-def _set_port(_, port, flag, value):
-    """Switch a port's flag. A kernel that does not know it says nothing, so it is read back."""
-    import errno
-    import socket
-    import struct
-    setting = struct.pack("=HHHHBxxx", 12, 0x8000 | 12, 5, PORT_FLAGS[flag], value == "on")         # IFLA_PROTINFO
-    number = socket.if_nametoindex(port)
-    rtnetlink(19, 0x005, struct.pack("=BxHiII", AF_BRIDGE, 0, number, 0, 0) + setting)              # RTM_SETLINK
-    if port_flags()[port][flag] != (value == "on"):
-        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP), port)
-
-
-def port_flags():
-    """The switches of every bridge port: port -> {flag: True, False, or None if this kernel has no such flag}."""
-    import struct
-    found = {}
-    for answer in rtnetlink(18, 0x301, struct.pack("=BxHiII", AF_BRIDGE, 0, 0, 0, 0)):              # RTM_GETLINK, all
-        told = attributes(answer, 16)
-        name, port = told[3].rstrip(b"\0").decode("utf-8", "replace"), attributes(told.get(12, b""))
-        found[name] = {
-            flag: bool(port[number][0]) if number in port else None for flag, number in PORT_FLAGS.items()}
-    return found
 
 
 FILE_WORKS = {"sysctl": _write_sysctl, "tee": _tee, "mkdir": _mkdir, "ln": _symlink, "rm": _unlink,
@@ -1058,7 +1023,7 @@ _DEVICE = r"[A-Za-z0-9][A-Za-z0-9_.@:-]{0,14}"
 _LABEL = r"[A-Za-z0-9][A-Za-z0-9_-]{0,79}"
 _NAME = r"[A-Za-z0-9][A-Za-z0-9_-]{0,31}"
 _PORT = (1, 65535)
-# What a record may hold: a pattern, a range of numbers or several, a list of one kind, or keys (with "?" = may be absent).
+# What a record may hold: a pattern, ranges of numbers, a list of one kind, or keys ("?" = optional).
 RECORD_SHAPE = {
     "format": (1, 1), "name": _NAME, "cidr": _BLOCK, "bridge": _DEVICE, "chain": r"[A-Za-z0-9_-]{1,28}",
     "chain_in": r"[A-Za-z0-9_-]{1,28}", "chain_src": r"[A-Za-z0-9_-]{1,28}", "table": (FIRST_TABLE, 1 << 31),
@@ -1217,7 +1182,7 @@ class Store:
                           "free some space, or name another folder with --data-dir", 3) from None
 
     def _sweep(self):
-        """Remove what a kill left between writing a file and putting it in place; close logs that others could read."""
+        """Remove what a kill left between writing a file and putting it in place; close open logs."""
         for entry in os.listdir(self.folder):
             path = os.path.join(self.folder, entry)
             mode = os.lstat(path).st_mode
@@ -1235,7 +1200,8 @@ class Store:
         while not self._try_lock():
             waited = time.monotonic() - begun
             if waited >= limit:
-                raise Problem("another vpcctl is at work: %s" % self._holder, "try again when it has finished", 3)
+                raise Problem("another vpcctl is at work: " + self._holder,
+                              "try again when it has finished", 3)
             if waited > 1 and not told:
                 told = say_error("waiting for another vpcctl: %s" % self._holder) or True
             heed()
@@ -1251,32 +1217,28 @@ class Store:
         """Take the lock, if nobody has it -> whether it was taken; else `_holder` says who has it."""
         path = os.path.join(self.folder, "lock")
         self._lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-        found = os.fstat(self._lock)
-        taken, ours = take(self._lock), found.st_uid == os.geteuid() and not found.st_mode & 0o077
+        taken, found = take(self._lock), os.fstat(self._lock)
+        ours = found.st_uid == os.geteuid() and not found.st_mode & 0o077
         if taken and ours and is_file(path, self._lock):
             return True
         self._holder = os.pread(self._lock, 200, 0).decode("utf-8", "replace") or "an unknown process"
         if not ours and (taken or not self._is_at_work()):
             self._replace_lock(path)
-        if not taken or ours:                     # an older vpcctl that waits for the open file waits for us now
+        if not taken or ours:                     # else an older vpcctl that has it open waits for us
             os.close(self._lock)
         return False
 
     def _is_at_work(self):
-        """Whether the process that the lock names is root's, and has it open. (One that others could open may be held by
-        anybody: an app did that, and no change was possible any more.)"""
-        pid = re.match(r"process (\d+)", self._holder)
-        process = processes().get(int(pid.group(1))) if pid else None
-        try:
-            return bool(process) and process.user == os.geteuid() and any(
-                is_file("/proc/%s/fd/%s" % (pid.group(1), handle), self._lock)
-                for handle in os.listdir("/proc/%s/fd" % pid.group(1)))
-        except OSError:
-            return False                          # it has just ended
+        """Whether a process of root's has the lock, as the kernel says. (A lock that others could open may be
+        held by anybody: an app did that, and no change was possible any more.)"""
+        known, end = processes(), b":%d" % os.fstat(self._lock).st_ino
+        rows = [row.split() for row in read_bytes("/proc/locks").splitlines()]
+        holders = [int(row[-4]) for row in rows if b"FLOCK" in row and row[-3].endswith(end)]
+        return any(pid in known and known[pid].user == os.geteuid() for pid in holders)
 
     def _replace_lock(self, path):
-        """Put a new file that is root's alone in place of a lock that others could open. Who has the lock of the new
-        file may do it, if the old one still stands there."""
+        """Put a new file that is root's alone in place of a lock that others could open: who has the new
+        file's lock may, if the old one still stands there."""
         new = os.open(path + ".new", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         if take(new) and is_file(path + ".new", new) and is_file(path, self._lock):
             os.rename(path + ".new", path)
@@ -3001,8 +2963,8 @@ def mend(ctl, names, gone=()):
 
 
 def not_staying(names, worlds, new):
-    """Apps of some VPCs of these worlds that do not go on running: they are not in the world `new`, or not as they were
-    started (gone, in a namespace that has lost its name, or never written down)."""
+    """Apps of some VPCs of these worlds that do not go on running: they are not in the world `new`, or not as
+    they were started (gone, in a namespace that has lost its name, or never written down)."""
     staying = {(app["pid"], app["start"]) for vpc in new.values() for app in vpc["apps"]}
     return [app for world in worlds for name in sorted(names) if name in world for app in world[name]["apps"]
             if (app["pid"], app["start"]) not in staying or not is_alive(app)]
@@ -3119,9 +3081,10 @@ def delete_subnet(ctl, args):
     """remove a subnet with its programs and published ports"""
     new = ctl.copy()
     vpc = ctl.vpc(args.vpc, new)
-    space, apps = ctl.subnet(vpc, args.subnet)["ns"], [app for app in vpc["apps"] if app["subnet"] == args.subnet]
-    remove_subnet(vpc, ctl.subnet(vpc, args.subnet))
-    ctl.change(new, before=lambda: stop_programs(ctl, apps, [space]))
+    subnet = ctl.subnet(vpc, args.subnet)
+    apps = [app for app in vpc["apps"] if app["subnet"] == args.subnet]
+    remove_subnet(vpc, subnet)
+    ctl.change(new, before=lambda: stop_programs(ctl, apps, [subnet["ns"]]))
     ctl.report("Deleted subnet %s from VPC %s" % (args.subnet, args.vpc))
 
 
@@ -3545,7 +3508,7 @@ def new_app(vpc, subnet, port, program):
 
 
 def prepare_apps(ctl, apps):
-    """Before apps are started: each gets a user id of its own, unless it has one that it can keep, and its command."""
+    """Before apps are started: each gets a user id of its own, unless it can keep one, and its command."""
     apps, users = list(apps), app_users()
     held = [vpc for vpc in list(ctl.world.values()) + list(ctl.intents.values()) if vpc]
     taken = {app.get("user") for vpc in held for app in vpc["apps"]} | {app.get("user") for app in apps}
@@ -3561,8 +3524,9 @@ def prepare_apps(ctl, apps):
 
 
 def free_user(users, taken, place):
-    """A user id for an app. It comes from its place, so that a dry run says what will be, and from the namespace of
-    processes: a sandbox has its own, and from outside of it all of them are seen. Problem if there is none left."""
+    """A user id for an app. It comes from its place, so that a dry run says what will be, and from the
+    namespace of processes: a sandbox has its own, but from outside its processes are seen. Problem if none
+    is left."""
     import zlib
     first, last = users
     begin = zlib.crc32(("%s %d" % (place, os.stat("/proc/self/ns/pid").st_ino)).encode())
@@ -3574,7 +3538,7 @@ def free_user(users, taken, place):
 
 
 def app_users():
-    """The user ids that apps get here: (first, last). None in a sandbox of an ordinary user: there is but one user."""
+    """The user ids that apps get here: (first, last). None in an ordinary user's sandbox: it has but one."""
     try:
         maps = []
         for kind in ("uid", "gid"):
@@ -3594,8 +3558,8 @@ def is_app_user(user):
 
 
 def own_user(app):
-    """The user id that an app has to itself, or None: an older vpcctl, or one in a sandbox of an ordinary user, gave it
-    none, or an account has been made with it since, whose programs are not ours to end."""
+    """The user id that an app has to itself, or None: an older vpcctl, or one in a sandbox of an ordinary
+    user, gave it none, or an account has been made with it since, whose programs are not ours to end."""
     user = app.get("user")
     return user if user and not is_account(user) else None
 
@@ -3607,22 +3571,28 @@ def is_account(user):
 
 @lru_cache(None)
 def accounts():
-    """The ids of this machine's accounts and groups, and those set aside for their containers: [(first, last)]."""
+    """The ids of this machine's accounts and groups, and of their containers: [(first, last)]."""
     found = []
-    for name, fields in (("passwd", rb"(?m)^[^:\n]*:[^:\n]*:(\d+):(\d*)"), ("group", rb"(?m)^[^:\n]*:[^:\n]*:(\d+)():"),
-                         ("subuid", rb"(?m)^[^:\n]*:(\d+):(\d+)"), ("subgid", rb"(?m)^[^:\n]*:(\d+):(\d+)")):
+    for name, pattern in (("passwd", rb"(\d+):(\d+):"), ("group", rb"(\d+):()"),
+                          ("subuid", b""), ("subgid", b"")):
         try:
-            pairs = [(int(one), int(two or one)) for one, two in re.findall(fields, read_bytes("/etc/" + name))]
+            table = read_bytes("/etc/" + name)
         except OSError:
             continue
-        found += [(one, one + two - 1) for one, two in pairs] if name.startswith("sub") else [
-            (one, one) for pair in pairs for one in pair]
+        if pattern:                               # NAME:PASSWORD:ID…, and an account's own group
+            ids = re.findall(rb"(?m)^[^:\n]*:[^:\n]*:" + pattern, table)
+            found += [(int(one), int(one)) for pair in ids for one in pair if one]
+        else:                                     # NAME:FIRST:COUNT
+            found += [(int(first), int(first) + int(count) - 1)
+                      for first, count in re.findall(rb"(?m)^[^:\n]*:(\d+):(\d+)", table)]
     return found
 
 
 def app_command(app):
-    """The command that starts an app in its namespace: as its user, if it has one, and without any capability."""
-    user = ("--reuid=%d" % app["user"], "--regid=%d" % app["user"], "--clear-groups") if app.get("user") else ()
+    """The command that starts an app in its namespace: as its user, if it has one, without any capability."""
+    user = ()
+    if app.get("user"):
+        user = ("--reuid=%d" % app["user"], "--regid=%d" % app["user"], "--clear-groups")
     program = tuple(app.get("command") or (app_python(), "-m", "http.server", str(app["port"])))
     return ("ip", "netns", "exec", app["ns"], "setpriv") + user + ("--bounding-set=-all", "--inh-caps=-all",
                                                                    "--no-new-privs") + program
@@ -3668,7 +3638,7 @@ def start_apps(ctl, apps):
         stop_programs(ctl, [app for app, _ in children])
         for app, child in children:
             child.returncode, app["pid"] = None, 0
-            if child.poll() is None:              # it was on its way to become the app: still root, without its user id
+            if child.poll() is None:              # it was about to become the app, and still root
                 child.kill()
                 child.wait()
                 stop_programs(ctl, [app])
@@ -3757,7 +3727,7 @@ def process_start(pid):
         boot = read_bytes("/proc/sys/kernel/random/boot_id").decode().strip()
     except OSError:
         return ""
-    ended = fields[0] in b"ZX" and int(fields[17]) <= 1           # its first thread may have ended before the others
+    ended = fields[0] in b"ZX" and int(fields[17]) <= 1           # not only the first of its threads
     return "" if ended else "%s/%d" % (boot, int(fields[19]))
 
 
@@ -3772,8 +3742,8 @@ def is_alive(app):
 
 
 def by_threads(pid, name, look):
-    """What look(path) says of a process's file in /proc. OSError if it has ended; if its first thread has, and others go
-    on, only theirs have something in it."""
+    """What look(path) says of a process's file in /proc. OSError if it has ended; if its first thread has,
+    and others go on, only theirs have something in it."""
     for thread in os.listdir("/proc/%d/task" % pid):
         try:
             found = look("/proc/%d/task/%s/%s" % (pid, thread, name))
@@ -3790,9 +3760,10 @@ def network_of(pid):
 
 
 Process = namedtuple("Process", "name parent user session")
-# The kernel spells out a newline in a name. A zombie with more threads than one has not ended: its first thread has.
-STATUS = re.compile(rb"Name:\t(.*)\n(?:.*\n)*?State:\t(.).*\n(?:.*\n)*?PPid:\t(\d+)\n(?:.*\n)*?Uid:\t(\d+)\t.*\n"
-                    rb"(?:.*\n)*?NSsid:\t(\d+).*\n(?:.*\n)*?Threads:\t(\d+)\n")
+# The kernel spells out a newline in a name. Of a zombie with more than one thread only the first thread has
+# ended.
+STATUS = re.compile(rb"Name:\t(.*)\n(?:.*\n)*?State:\t(.).*\n(?:.*\n)*?PPid:\t(\d+)\n(?:.*\n)*?"
+                    rb"Uid:\t(\d+)\t.*\n(?:.*\n)*?NSsid:\t(\d+).*\n(?:.*\n)*?Threads:\t(\d+)\n")
 
 
 def processes():
@@ -3834,7 +3805,7 @@ def to_be_stopped(apps, spaces):
     """All that runs in these namespaces, and all that these apps have started, wherever it went ->
     {pid: (Process, app or None, namespace or None)}.
 
-    An app cannot change its user id, nor can anything that it starts: where it has one of its own, that says it all.
+    An app cannot change its user id, nor can anything that it starts: where it has its own, that says it all.
     """
     known = processes()
     inside = processes_in(spaces, known)
@@ -3842,7 +3813,7 @@ def to_be_stopped(apps, spaces):
     homes = {known[pid].user: space for pid, space in inside.items() if is_app_user(known[pid].user)}
     found = {}
     for pid, process in known.items():
-        space = inside.get(pid) or homes.get(process.user)        # an app of no record may have started things elsewhere
+        space = inside.get(pid) or homes.get(process.user)        # the rest of an app that is in no record
         if space or process.user in owners:
             found[pid] = process, owners.get(process.user), space
     for app in apps:
@@ -3852,9 +3823,9 @@ def to_be_stopped(apps, spaces):
 
 
 def kin(app, known):
-    """Which of the processes are of an app without a user id of its own -> PIDs: the one that was started, those with
-    its tag, and their descendants and sessions. One that has left its parents, its session, its environment and its
-    namespace is not found."""
+    """Which of the processes are of an app without a user id of its own -> PIDs: the one that was started,
+    those with its tag, and their descendants and sessions. One that has left its parents, its session and its
+    environment is not found."""
     shared = NOBODY if app_users() else os.geteuid()
     alike = {pid: process for pid, process in known.items() if process.user == shared}
     found = {pid for pid in alike if (pid == app["pid"] and is_alive(app)) or tagged(pid, app_tag(app))}
@@ -3883,9 +3854,9 @@ def read_bytes(path):
 def signal_user(user, number):
     """Send a signal to all that an app's user runs -> whether it was sent.
 
-    A child does it that becomes this user, so that nobody else can be hit; in one call, which a program that forks
-    without end cannot outrun. Its real and saved ids are those that no app has, so that it cannot be hit itself.
-    """
+    A child does it that becomes this user, so that nobody else can be hit; in one call, which a program that
+    forks without end cannot outrun. Its real and saved ids are those that no app has: it cannot be hit
+    itself."""
     unused = [first - 1 for first, last in APP_USERS if first <= user <= last][0]
     child = os.fork()
     if not child:
@@ -3921,8 +3892,8 @@ def send_signal(found, number):
 
 
 def stop_programs(ctl, apps, spaces=()):
-    """End apps with all that they have started, and what else runs in namespaces that are to go (it is named): TERM,
-    and if that does not do, KILL."""
+    """End apps with all that they have started, and what else runs in namespaces that are to go (it is
+    named): TERM, and if that does not do, KILL."""
     import signal
     import time
     if ctl.dry_run:
@@ -3951,7 +3922,7 @@ def revive_apps(ctl, vpcs, troubles=None):
     """Start the apps of these VPCs that are gone -> how many. With `troubles` (a list), one that cannot be started does
     not stop the others, and (VPC name, app, Problem) goes there."""
     gone = [(vpc["name"], app) for vpc in vpcs for app in vpc["apps"] if not is_alive(app)]
-    stop_programs(ctl, [app for _, app in gone])  # it may have left something, or a kill came before its PID was known
+    stop_programs(ctl, [app for _, app in gone])  # something may be left, or its PID was never written down
     prepare_apps(ctl, [app for _, app in gone])
     try:
         start_apps(ctl, gone)

@@ -1,4 +1,4 @@
-"""Apps are strangers to each other and to the host, they are ended wherever they went, and they hold nobody up."""
+"""Apps are strangers to each other and to the host, are ended wherever they went, and hold nobody up."""
 
 import fcntl
 import json
@@ -60,7 +60,8 @@ def attempts(pid, address, handle):
 
 def answer(words):
     if words[0] == "where":
-        return [os.getpid(), ctypes.addressof(secret), server.fileno(), os.getuid(), os.getgid(), os.getgroups()]
+        return [os.getpid(), ctypes.addressof(secret), server.fileno(),
+                os.getuid(), os.getgid(), os.getgroups()]
     if words[0] == "read":
         try:
             return len(open(words[1], "rb").read(100))
@@ -80,7 +81,9 @@ serve(answer)
 """
 # Leaves: its children go where nobody looks, and when it is told it changes its name and its namespace.
 STRAY = BASE + r"""
-clean = {} if os.getuid() else {"VPCCTL_APP": os.environ["VPCCTL_APP"]}   # with one user for all, that is what is left
+clean = {}
+if not os.getuid():                               # with one user for all, it is found by this
+    clean["VPCCTL_APP"] = os.environ["VPCCTL_APP"]
 NEWUSER_NEWNET = 0x50000000
 ready = os.pipe()
 for number in range(3):
@@ -136,10 +139,26 @@ def ask(ip, port, *words):
         return json.loads(sock.makefile().readline())
 
 
+def as_user(user, *argv):
+    """A command line as another user."""
+    return ["setpriv", "--reuid=%d" % user, "--regid=%d" % user, "--clear-groups"] + list(argv)
+
+
+def runs_as(pid):
+    """The user id of a process, or None."""
+    process = load_vpcctl().processes().get(pid)
+    return process and process.user
+
+
 def deploy(vpc, subnet, port, program):
     """Deploy one of the programs above; returns its record."""
     vpcctl("deploy-app", vpc, subnet, "--port", port, "--", "python3", "-c", program, port)
     return [app for app in record(vpc)["apps"] if (app["subnet"], app["port"]) == (subnet, port)][0]
+
+
+def mode(path):
+    """A file's mode."""
+    return stat.S_IMODE(os.stat(path).st_mode)
 
 
 def rewrite(vpc, change):
@@ -165,13 +184,15 @@ class AppsTest(SandboxTest):
 class StrangersTest(AppsTest):
 
     def test_no_app_reaches_another(self):
-        apps = {"10.20.1.2 80": deploy("blog", "web", 80, THIEF), "10.20.1.2 81": deploy("blog", "web", 81, THIEF),
+        apps = {"10.20.1.2 80": deploy("blog", "web", 80, THIEF),
+                "10.20.1.2 81": deploy("blog", "web", 81, THIEF),
                 "10.30.1.2 80": deploy("shop", "api", 80, THIEF)}
         users = {app["user"] for app in apps.values()}
         self.assertEqual(len(users), 3)
         known = {place: ask(place.split()[0], int(place.split()[1]), "where") for place in apps}
         for place, (pid, _, _, user, group, groups) in known.items():
-            self.assertEqual((pid, user, group, groups), (apps[place]["pid"], apps[place]["user"], apps[place]["user"], []))
+            app = apps[place]
+            self.assertEqual((pid, user, group, groups), (app["pid"], app["user"], app["user"], []))
         for thief in apps:
             ip, port = thief.split()
             everything = ask(ip, int(port), "child")
@@ -197,9 +218,9 @@ class StrangersTest(AppsTest):
         plan = vpcctl("--dry-run", "deploy-app", "blog", "web", "--port", 80).out
         self.assertIn("--reuid=%d --regid=%d " % (first, first), plan)
         # somebody else's program has it meanwhile
-        guest = subprocess.Popen(["setpriv", "--reuid=%d" % first, "--regid=%d" % first, "--clear-groups", "sleep", "1000"])
+        guest = subprocess.Popen(as_user(first, "sleep", "1000"))
         self.addCleanup(lambda: (guest.kill(), guest.wait()))
-        wait_until(lambda: first in {process.user for process in tool.processes().values()}, LONG, "it runs")
+        wait_until(lambda: runs_as(guest.pid) == first, LONG, "it runs")
         second = deploy("blog", "web", 80, THIEF)["user"]
         self.assertNotEqual(second, first)
         vpcctl("stop-app", "blog", "web")
@@ -228,11 +249,10 @@ class StrangersTest(AppsTest):
                     with open(path, "w"):
                         pass
                     self.addCleanup(os.unlink, path)
-                guest = subprocess.Popen(["setpriv", "--reuid=%d" % app["user"], "--regid=%d" % app["user"],
-                                          "--clear-groups", "sleep", "1000"])
+                guest = subprocess.Popen(as_user(app["user"], "sleep", "1000"))
                 run(["mount", "--bind", copy, os.path.realpath(path)])
                 try:
-                    wait_until(lambda: app["user"] in {one.user for one in tool.processes().values()}, LONG, "it runs")
+                    wait_until(lambda: runs_as(guest.pid) == app["user"], LONG, "it runs")
                     os.kill(app["pid"], 9)
                     wait_until(lambda: not tool.process_start(app["pid"]), LONG, "it has ended")
                     vpcctl("restore")
@@ -308,9 +328,9 @@ class LeavingTest(AppsTest):
 
     def test_a_failed_deployment(self):
         state = snapshot()
-        program = STRAY.replace("server.listen(8)", "").rpartition("serve(answer)")[0] + "sys.exit('I give up')"
+        program = STRAY.replace("server.listen(8)", "").rpartition("serve(answer)")[0] + "sys.exit('no luck')"
         failed = vpcctl("deploy-app", "blog", "web", "--port", 80, "--", "python3", "-c", program, 80, code=3)
-        self.assertIn("I give up", failed.err)
+        self.assertIn("no luck", failed.err)
         self.gone(state)
 
     def test_restore_starts_it_anew(self):
@@ -331,7 +351,7 @@ class LeavingTest(AppsTest):
         app = deploy("blog", "web", 80, GHOST)
         ask("10.20.1.2", 80, "x")
         with open("/proc/%d/status" % app["pid"]) as handle:
-            wait_until(lambda: handle.seek(0) == 0 and "State:\tZ" in handle.read(), LONG, "its first thread ends")
+            wait_until(lambda: handle.seek(0) == 0 and "State:\tZ" in handle.read(), LONG, "a thread ends")
         self.assertEqual(ask("10.20.1.2", 80, "x"), app["pid"])
         vpcctl("verify")
         vpcctl("stop-app", "blog", "web")
@@ -380,13 +400,8 @@ class NamesOfProcessesTest(AppsTest):
 
 # ---- files ----
 
-def as_nobody(*argv):
-    """A command line as an ordinary user."""
-    return ["setpriv", "--reuid=%d" % NOBODY, "--regid=%d" % NOBODY, "--clear-groups"] + list(argv)
-
-
-HOLDER = ("import fcntl, os, sys; handle = os.open(sys.argv[1], os.O_RDONLY); fcntl.flock(handle, fcntl.LOCK_EX); "
-          "print('held', flush=True); sys.stdin.read()")
+HOLDER = ("import fcntl, os, sys; handle = os.open(sys.argv[1], os.O_RDONLY); "
+          "fcntl.flock(handle, fcntl.LOCK_EX); print('held', flush=True); sys.stdin.read()")
 
 
 class FilesTest(AppsTest):
@@ -394,7 +409,8 @@ class FilesTest(AppsTest):
     def hold(self, path, nobody):
         """Start a process that opens the lock and keeps it; it ends with its returned function."""
         argv = [load_vpcctl().app_python(), "-c", HOLDER, path]
-        child = subprocess.Popen(as_nobody(*argv) if nobody else argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        argv = as_user(NOBODY, *argv) if nobody else argv
+        child = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         self.assertEqual(child.stdout.readline(), b"held\n")
 
         def end():
@@ -414,9 +430,9 @@ class FilesTest(AppsTest):
                 for name in private:
                     os.chmod(DATA(name), 0o666)
                 vpcctl("reset-policy", "blog", "web")
-            modes = {name: stat.S_IMODE(os.stat(DATA(name)).st_mode) for name in private if os.path.exists(DATA(name))}
-            self.assertEqual(modes, {name: 0o600 for name in modes})
-            self.assertEqual(stat.S_IMODE(os.stat(DATA("vpc_blog.json")).st_mode), 0o644)
+            there = [name for name in private if os.path.exists(DATA(name))]
+            self.assertEqual({name: mode(DATA(name)) for name in there}, {name: 0o600 for name in there})
+            self.assertEqual(mode(DATA("vpc_blog.json")), 0o644)
         os.unlink(DATA("vpcctl.log.1"))
 
     def test_a_lock_that_others_could_open(self):
@@ -436,7 +452,7 @@ class FilesTest(AppsTest):
                 finally:
                     end()
                 vpcctl("delete-subnet", "blog", "more") if nobody else vpcctl("reset-policy", "blog", "web")
-                self.assertEqual(stat.S_IMODE(os.stat(DATA("lock")).st_mode), 0o600)
+                self.assertEqual(mode(DATA("lock")), 0o600)
 
     def test_an_older_version_that_waits(self):
         """It has the old file open, and goes on only when the new one has ended."""
@@ -462,10 +478,11 @@ class FilesTest(AppsTest):
         python, path = load_vpcctl().app_python(), self.file("x.json", json.loads(vpcctl("export").out))
         os.chmod(path, 0o644)
         os.chmod(os.path.dirname(path), 0o755)
-        for line, code in (("list", 0), ("list --long", 0), ("inspect blog", 0), ("explain blog web 10.30.1.2", 1),
-                           ("plan " + path, 0), ("graph", 0), ("export", 0), ("logs blog web", 4), ("stop-app blog web", 4)):
+        for line, code in (("list", 0), ("list --long", 0), ("inspect blog", 0), ("graph", 0), ("export", 0),
+                           ("plan " + path, 0), ("explain blog web 10.30.1.2", 1),
+                           ("logs blog web", 4), ("stop-app blog web", 4)):
             with self.subTest(line):
-                done = run(as_nobody(python, os.path.join(folder, "vpcctl.py"), *line.split()))
+                done = run(as_user(NOBODY, python, os.path.join(folder, "vpcctl.py"), *line.split()))
                 self.assertEqual(done.code, code, str(done))
                 self.assertNotIn("Traceback", done.err)
                 self.assertEqual("sudo" in done.err, code == 4, str(done))
@@ -476,7 +493,7 @@ class FilesTest(AppsTest):
         os.chmod("/run/vpcctl/blog", 0o777)
         vpcctl("verify", code=1)
         vpcctl("add-subnet", "blog", "db")
-        self.assertEqual([stat.S_IMODE(os.stat(path).st_mode) for path in ("/run/vpcctl", "/run/vpcctl/blog")], [0o755] * 2)
+        self.assertEqual((mode("/run/vpcctl"), mode("/run/vpcctl/blog")), (0o755, 0o755))
         vpcctl("verify")
 
     @unittest.skipUnless(MANY_USERS, ONE_USER)
@@ -487,16 +504,17 @@ class FilesTest(AppsTest):
         os.mkdir(victim)
         with open(os.path.join(target, "hosts"), "w") as handle:
             handle.write("precious")
-        for name, leads in (("new", target), ("blog/www", victim), ("blog/hosts", os.path.join(target, "hosts"))):
+        for name, leads in (("new", target), ("blog/www", victim), ("blog/hosts", target + "/hosts")):
             with self.subTest(name):
                 path = os.path.join("/run/vpcctl", name)
                 os.chmod("/run/vpcctl", 0o777)
                 kept = os.path.lexists(path) and os.rename(path, path + ".kept") is None
                 os.symlink(leads, path)
                 os.lchown(path, NOBODY, NOBODY)
-                for line in ("create new --cidr 10.40.0.0/16", "deploy-app blog web --port 80", "add-subnet blog db",
-                             "delete blog", "cleanup-all"):
-                    self.assertIn("%s: it belongs to user %d" % (path, NOBODY), vpcctl(*line.split(), code=3).err)
+                for line in ("create new --cidr 10.40.0.0/16", "deploy-app blog web --port 80",
+                             "add-subnet blog db", "delete blog", "cleanup-all"):
+                    refused = vpcctl(*line.split(), code=3).err
+                    self.assertIn("%s: it belongs to user %d" % (path, NOBODY), refused)
                 os.unlink(path)
                 if kept:
                     os.rename(path + ".kept", path)
