@@ -679,6 +679,41 @@ def _neighbour(table, verb, target, *words):
     rtnetlink(kind, how, struct.pack("=BxxxiHBB", family, number, state, flags, 0) + facts)
 
 
+AF_BRIDGE = 7
+# Switches of a bridge's port for which `ip` got its words only with 5.18: IFLA_BRPORT_….
+PORT_FLAGS = {"bcast_flood": 30, "locked": 39}
+
+
+def by_netlink(argv, said):
+    """A command for a port's switch that this `ip` does not know -> the same as a message to the kernel, or None."""
+    if "bridge_slave" in argv and argv[-2] in PORT_FLAGS and "unknown option" in said:
+        return ("netlink", "RTM_SETLINK", argv[3]) + argv[-2:]
+    return None
+
+
+def _set_port(_, port, flag, value):
+    """Switch a port's flag. A kernel that does not know it says nothing, so it is read back."""
+    import socket
+    import struct
+    setting = struct.pack("=HHHHBxxx", 12, 0x8000 | 12, 5, PORT_FLAGS[flag], value == "on")         # IFLA_PROTINFO
+    number = socket.if_nametoindex(port)
+    rtnetlink(19, 0x005, struct.pack("=BxHiII", AF_BRIDGE, 0, number, 0, 0) + setting)              # RTM_SETLINK
+    if port_flags()[port][flag] != (value == "on"):
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP), port)
+
+
+def port_flags():
+    """The switches of every bridge port: port -> {flag: True, False, or None if this kernel has no such flag}."""
+    import struct
+    found = {}
+    for answer in rtnetlink(18, 0x301, struct.pack("=BxHiII", AF_BRIDGE, 0, 0, 0, 0)):              # RTM_GETLINK, all
+        told = attributes(answer, 16)
+        name, port = told[3].rstrip(b"\0").decode("utf-8", "replace"), attributes(told.get(12, b""))
+        found[name] = {
+            flag: bool(port[number][0]) if number in port else None for flag, number in PORT_FLAGS.items()}
+    return found
+
+
 FILE_WORKS = {"sysctl": _write_sysctl, "tee": _tee, "mkdir": _mkdir, "ln": _symlink, "rm": _unlink,
               "rmdir": _rmdir, "ip": _neighbour, "bridge": _neighbour, "netlink": _set_port}
 
@@ -1222,11 +1257,10 @@ class Store:
         if taken and ours and is_file(path, self._lock):
             return True
         self._holder = os.pread(self._lock, 200, 0).decode("utf-8", "replace") or "an unknown process"
-        if not ours and (taken or not self._is_at_work()):
-            self._replace_lock(path)
+        replaced = not ours and (taken or not self._is_at_work()) and self._replace_lock(path)
         if not taken or ours:                     # else an older vpcctl that has it open waits for us
             os.close(self._lock)
-        return False
+        return replaced and self._try_lock()
 
     def _is_at_work(self):
         """Whether a process of root's has the lock, as the kernel says. (A lock that others could open may be
@@ -1238,11 +1272,13 @@ class Store:
 
     def _replace_lock(self, path):
         """Put a new file that is root's alone in place of a lock that others could open: who has the new
-        file's lock may, if the old one still stands there."""
+        file's lock may, if the old one still stands there -> whether it was done."""
         new = os.open(path + ".new", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-        if take(new) and is_file(path + ".new", new) and is_file(path, self._lock):
+        free = take(new) and is_file(path + ".new", new) and is_file(path, self._lock)
+        if free:
             os.rename(path + ".new", path)
         os.close(new)
+        return free
 
     def names(self, kind="json"):
         """Names of the VPCs that have a file of this kind."""
