@@ -36,8 +36,10 @@ if __name__ == "__main__":        # called as `python3 vpcctl.py`: what lies bes
     sys.path[:] = [folder for folder in sys.path
                    if os.path.realpath(folder) != os.path.dirname(os.path.realpath(__file__))]
 import argparse
+import errno
 import json
 import re
+import stat
 from collections import namedtuple
 from functools import lru_cache
 from contextlib import contextmanager
@@ -54,6 +56,12 @@ UNROUTED = ("0.0.0.0/8", "127.0.0.0/8", "169.254.0.0/16", "224.0.0.0/3")
 MARK_BITS, MARK_SALT = 12, (1 << 12) - 1
 NETNS_DIR, ETC_NETNS, RUN_DIR = "/run/netns", "/etc/netns", "/run/vpcctl"
 NOBODY = 65534
+# Who shares a user id may read another's memory, take its sockets, and end it; so each app has an id of its
+# own, and is found by it wherever it goes. The first range lies above what SSSD and FreeIPA make up for a
+# directory's accounts (up to 2000200000), and below systemd's ids of foreign images (2147352576) and what old
+# tools read as negative. The second is for containers with 65,536 ids: what systemd leaves free below those
+# of DynamicUser. The id before each is nobody's, see `signal_user`.
+APP_USERS = (2100000001, 2147000000), (60579, 61183)
 UMASK = 0o022                     # others read what we make (apps, `list` without root), and nobody else writes
 LOCK_WAIT, APP_WAIT, STOP_WAIT, LOG_LIMIT, PROBE_SIZE = 60.0, 10.0, 5.0, 1 << 20, 1 << 16
 TOOL_WAIT = 30.0                  # a tool has this long, and a batch a little more for each line
@@ -608,7 +616,7 @@ def iptables_restore(commands):
 
 def iptables_batch(commands):
     """Put firewall commands in, all or none of a table's -> how many were done, error text."""
-    if len(commands) > PIECE and not has_nobody():
+    if len(commands) > PIECE and not app_users():
         return iptables_pieces(commands)          # a sandbox of an ordinary user: it would be refused as a whole
     code, said, tables = iptables_restore(commands)
     if code == 0:
@@ -672,7 +680,6 @@ def _symlink(*words):
 
 
 def _rmdir(*paths):
-    import errno
     try:
         os.rmdir(paths[-1])
     except OSError as error:                      # absent, or somebody else's file is in it: leave it
@@ -689,8 +696,41 @@ def remove_tree(folder):
 
 
 def _tee(path, text):
-    with open(path, "w") as handle:               # in place: running programs have this very file mounted
-        handle.write(text)
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
+    with os.fdopen(handle, "w") as opened:
+        found = os.fstat(handle)
+        if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid() or found.st_nlink > 1:
+            raise OSError(errno.EPERM, "it is not a file of vpcctl's: remove it", path)
+        opened.truncate()                         # in place: running programs have this very file mounted
+        opened.write(text)
+        os.fchmod(handle, 0o644)
+
+
+def _mkdir(*words):
+    os.makedirs(words[-1], 0o755, exist_ok=True)
+    close_folder(words[-1])
+
+
+def close_folder(path, deep=False):
+    """See that nobody else can write in a folder of ours, and (`deep`) in those in it. OSError if it is a
+    link, is another's, or holds what is another's: it may have been open, and what others put there must not
+    lead us astray."""
+    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        mode, owner = os.fstat(handle).st_mode, os.fstat(handle).st_uid
+        if owner == os.geteuid() and mode & 0o022:
+            os.fchmod(handle, mode & 0o755)
+    finally:
+        os.close(handle)
+    if owner != os.geteuid():
+        raise OSError(errno.EPERM, "it belongs to user %d, not to root: remove it" % owner, path)
+    for entry in os.listdir(path) if deep else ():
+        inner = os.path.join(path, entry)
+        found = os.lstat(inner)
+        if stat.S_ISDIR(found.st_mode):
+            close_folder(inner, deep)
+        elif found.st_uid != os.geteuid():
+            raise OSError(errno.EPERM, "it belongs to user %d, not to root: remove it" % found.st_uid, inner)
 
 
 def rtnetlink(kind, flags, body):
@@ -757,7 +797,6 @@ def by_netlink(argv, said):
 
 def _set_port(_, port, flag, value):
     """Switch a port's flag. A kernel that does not know it says nothing, so it is read back."""
-    import errno
     import socket
     import struct
     setting = struct.pack("=HHHHBxxx", 12, 0x8000 | 12, 5, PORT_FLAGS[flag], value == "on")         # IFLA_PROTINFO
@@ -779,9 +818,8 @@ def port_flags():
     return found
 
 
-FILE_WORKS = {"sysctl": _write_sysctl, "tee": _tee, "mkdir": lambda *words: os.makedirs(words[-1], 0o755, exist_ok=True),
-              "ln": _symlink, "rm": _unlink, "rmdir": _rmdir, "ip": _neighbour, "bridge": _neighbour,
-              "netlink": _set_port}
+FILE_WORKS = {"sysctl": _write_sysctl, "tee": _tee, "mkdir": _mkdir, "ln": _symlink, "rm": _unlink,
+              "rmdir": _rmdir, "ip": _neighbour, "bridge": _neighbour, "netlink": _set_port}
 
 
 def run_lane(kind, commands):
@@ -1133,7 +1171,7 @@ _LABEL = r"[A-Za-z0-9][A-Za-z0-9_-]{0,79}"
 _NAME = r"[A-Za-z0-9][A-Za-z0-9_-]{0,31}"
 _MAC = r"[0-9a-f]{2}(?::[0-9a-f]{2}){5}"
 _PORT = (1, 65535)
-# What a record may hold: a pattern, a range of numbers, a type, a text that a function does not refuse, a list of one
+# What a record may hold: a pattern, ranges of numbers, a type, a text that a function does not refuse, a list of one
 # kind, or keys (with "?" = may be absent).
 RECORD_SHAPE = {
     "format": (1, 1), "name": _NAME, "cidr": bounds, "bridge": _DEVICE, "chain": r"[A-Za-z0-9_-]{1,28}",
@@ -1143,7 +1181,7 @@ RECORD_SHAPE = {
                  "veth": _DEVICE, "mac": _MAC, "policy": dict}],
     "host_iptables": [[str]],
     "apps": [{"subnet": _NAME, "ns": _LABEL, "port": _PORT, "pid": (0, 1 << 31), "cmd": [word], "start": word,
-              "command?": [word], "protocol?": r"udp", "log": str}],
+              "command?": [word], "protocol?": r"udp", "user?": APP_USERS, "log": str}],
     "peers": [{"peer_vpc": _NAME, "veth_a": _DEVICE, "veth_b": _DEVICE, "chain": r"[A-Za-z0-9_-]{1,28}",
                "allowed": [bounds], "side": r"[ab]"}],
     "nat?": {"interface": _DEVICE, "subnets?": [_NAME], "dns": [address_number]},
@@ -1158,7 +1196,9 @@ def check_shape(value, shape, place="the record"):
         if not isinstance(value, str) or not whole(shape)(value):
             raise ValueError("%s is %.60r" % (place, value))
     elif isinstance(shape, tuple):
-        if isinstance(value, bool) or not isinstance(value, int) or not shape[0] <= value <= shape[1]:
+        ranges = shape if isinstance(shape[0], tuple) else (shape,)
+        if isinstance(value, bool) or not isinstance(value, int) or not any(
+                first <= value <= last for first, last in ranges):
             raise ValueError("%s is %.60r" % (place, value))
     elif isinstance(shape, list):
         if not isinstance(value, list):
@@ -1223,6 +1263,32 @@ def check_record(record, name):
                 raise ValueError(f"the app on port {app['port']} of {app['subnet']}: {key} is '{app[key]}', not '{wanted}'")
 
 
+def open_private(path, flags):
+    """Open a file that is for root alone, and make it if it is missing -> descriptor."""
+    handle = os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    if os.fstat(handle).st_mode & 0o077:
+        os.fchmod(handle, 0o600)
+    return handle
+
+
+def take(handle):
+    """Lock an open file, if nobody has locked it -> whether that was so."""
+    import fcntl
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except BlockingIOError:
+        return False
+
+
+def is_file(path, handle):
+    """Whether a path is the file that is open."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(handle))
+    except FileNotFoundError:
+        return False
+
+
 class Store:
     """The records: one JSON file per VPC, and while a change is under way the intended record beside it.
 
@@ -1241,7 +1307,6 @@ class Store:
 
     def check_folder(self):
         """Problem if the folder is a link or open to others: what is in it decides what root does."""
-        import stat
         try:
             found = os.lstat(self.folder)
         except OSError:
@@ -1276,31 +1341,29 @@ class Store:
                           "free some space, or name another folder with --data-dir", 3) from None
 
     def _sweep(self):
-        """Remove what a kill left between writing a file and putting it in place."""
+        """Remove what a kill left between writing a file and putting it in place; close open logs."""
         for entry in os.listdir(self.folder):
-            if entry.startswith("vpc_") and entry.endswith(".new") and not os.path.isdir(os.path.join(self.folder, entry)):
-                os.unlink(os.path.join(self.folder, entry))
+            path = os.path.join(self.folder, entry)
+            mode = os.lstat(path).st_mode
+            if entry.startswith("vpc_") and entry.endswith(".new") and not stat.S_ISDIR(mode):
+                os.unlink(path)
+            if re.search(r"\.log(\.1)?\Z", entry) and stat.S_ISREG(mode) and mode & 0o077:
+                os.chmod(path, 0o600)
 
     def lock(self, title, heed=lambda: None):
         """Let one change happen at a time; waits, says for whom, and gives up after a minute (VPCCTL_WAIT seconds).
         `heed` is called while waiting."""
-        import fcntl
         import time
-        self._lock = os.open(os.path.join(self.folder, "lock"), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         begun, warned = time.monotonic(), False
-        while True:
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                waited = time.monotonic() - begun
-                if waited >= self.patience:
-                    raise Problem("another vpcctl is at work: %s" % self._holder(),
-                                  "try again when it has finished", 3) from None
-                if waited > 1 and not warned:
-                    warned = say_error("waiting for another vpcctl: %s" % self._holder()) or True
-                heed()
-                time.sleep(0.02)
+        while not self._try_lock():
+            waited = time.monotonic() - begun
+            if waited >= self.patience:
+                raise Problem("another vpcctl is at work: " + self._holder,
+                              "try again when it has finished", 3)
+            if waited > 1 and not warned:
+                warned = say_error("waiting for another vpcctl: %s" % self._holder) or True
+            heed()
+            time.sleep(0.02)
         os.set_inheritable(self._lock, True)      # see `call`
         try:
             os.ftruncate(self._lock, 0)
@@ -1308,8 +1371,37 @@ class Store:
         except OSError:
             pass                                  # the disk is full: the name of the holder is a courtesy
 
-    def _holder(self):
-        return os.pread(self._lock, 200, 0).decode("utf-8", "replace") or "an unknown process"
+    def _try_lock(self):
+        """Take the lock, if nobody has it -> whether it was taken; else `_holder` says who has it."""
+        path = os.path.join(self.folder, "lock")
+        self._lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        taken, found = take(self._lock), os.fstat(self._lock)
+        ours = found.st_uid == os.geteuid() and not found.st_mode & 0o077
+        if taken and ours and is_file(path, self._lock):
+            return True
+        self._holder = os.pread(self._lock, 200, 0).decode("utf-8", "replace") or "an unknown process"
+        replaced = not ours and (taken or not self._is_at_work()) and self._replace_lock(path)
+        if not taken or ours:                     # else an older vpcctl that has it open waits for us
+            os.close(self._lock)
+        return replaced and self._try_lock()
+
+    def _is_at_work(self):
+        """Whether a process of root's has the lock, as the kernel says. (A lock that others could open may be
+        held by anybody: an app did that, and no change was possible any more.)"""
+        known, end = processes(), b":%d" % os.fstat(self._lock).st_ino
+        rows = [row.split() for row in read_bytes("/proc/locks").splitlines()]
+        holders = [int(row[-4]) for row in rows if b"FLOCK" in row and row[-3].endswith(end)]
+        return any(pid in known and known[pid].user == os.geteuid() for pid in holders)
+
+    def _replace_lock(self, path):
+        """Put a new file that is root's alone in place of a lock that others could open: who has the new
+        file's lock may, if the old one still stands there -> whether it was done."""
+        new = os.open(path + ".new", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        free = take(new) and is_file(path + ".new", new) and is_file(path, self._lock)
+        if free:
+            os.rename(path + ".new", path)
+        os.close(new)
+        return free
 
     def names(self, kind="json"):
         """Names of the VPCs that have a file of this kind."""
@@ -1407,8 +1499,7 @@ class Store:
         try:
             if os.path.exists(path) and os.path.getsize(path) > LOG_LIMIT:
                 os.replace(path, path + ".1")
-            handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o644)
-            with os.fdopen(handle, "w", encoding="utf-8") as opened:
+            with os.fdopen(open_private(path, os.O_WRONLY | os.O_APPEND), "w", encoding="utf-8") as opened:
                 opened.write(line)
         except OSError as error:
             say_error("note: cannot write %s: %s" % (path, error.strerror))
@@ -1455,8 +1546,8 @@ def record_names(world):
 
 def host_interfaces():
     """Names of the network interfaces in the calling thread's namespace, without asking anyone."""
-    with open("/proc/thread-self/net/dev", errors="replace") as table:
-        return [line.split(":")[0].strip() for line in list(table)[2:]]
+    with open("/proc/thread-self/net/dev", "rb") as table:
+        return [os.fsdecode(line.split(b":")[0].strip()) for line in list(table)[2:]]
 
 
 def iptables_kind():
@@ -1578,6 +1669,8 @@ class Control:
         self.run.watch_signals()
         self.store.prepare(" ".join(sys.argv[1:])[:150], self.run.heed)
         self._loaded = None
+        if os.path.lexists(RUN_DIR):
+            close_folder(RUN_DIR, deep=True)
         for name in set(self.store.names("intent")) - set(self.intents):
             self.note("forgot a change of VPC %s that was cut short before it began" % name)
             self.store.drop(name, "intent")
@@ -1648,9 +1741,7 @@ class Control:
             self.finish(touched, new)
         except (Problem, Interrupted, OSError):
             known = [app for vpc in self.world.values() for app in vpc["apps"]]
-            for app in [app for vpc in new.values() for app in vpc["apps"] if app not in known]:
-                if is_alive(app):
-                    stop_process(app["pid"])
+            stop_programs(self, [app for vpc in new.values() for app in vpc["apps"] if app not in known])
             tidy_apps(self, touched, self.world, keep_logs=True)
             raise
 
@@ -2432,7 +2523,7 @@ def file_holds(fact, any_content=False):
     """Whether a file, symlink or folder of a plan is there, with its content."""
     path = fact[1]
     if fact[0] == "folder":
-        return os.path.isdir(path)
+        return os.path.isdir(path) and (any_content or not os.lstat(path).st_mode & 0o022)
     if fact[0] == "symlink":
         found = os.readlink(path) if os.path.islink(path) else None
         return found == fact[2] or (fact[2] != found and os.path.lexists(path) and not is_our_link(path)
@@ -2908,16 +2999,13 @@ def delete_vpcs(ctl, names):
         mend(ctl, names, names, strict=False)     # look first: what is there is not what the records say
         return [ctl.report("Deleted VPC: %s" % name) for name in names]
     new = ctl.copy()
+    apps = [app for name in names for app in new[name]["apps"]]
     spaces = [subnet["ns"] for name in names for subnet in new[name]["subnets"]]
     for name in names:
         del new[name]
     for vpc in new.values():
         vpc["peers"] = [peer for peer in vpc["peers"] if peer["peer_vpc"] not in names]
-
-    def stop():
-        evict(ctl, spaces)
-        end_stranded(ctl, [ctl.world[name] for name in names])
-    ctl.change(new, before=stop)
+    ctl.change(new, before=lambda: stop_programs(ctl, apps, spaces))
     for name in names:
         ctl.report("Deleted VPC: %s" % name)
 
@@ -2961,7 +3049,7 @@ def clear_orphans(ctl, name):
         back = (("sysctl", "-w", "net.ipv4.ip_forward=0"),) + tuple(     # it clears those of our bridges, too
             ("sysctl", "-w", link_conf("ipv4", vpc["bridge"], "forwarding") + "=1") for vpc in ctl.world.values())
         steps.append(Step(WIRE, ("sysctl", "net.ipv4.ip_forward", "1"), (), back, "the guard says that it was off before"))
-    evict(ctl, [step.fact[1] for step in steps if step.fact[0] == "ns"])
+    stop_programs(ctl, (), [step.fact[1] for step in steps if step.fact[0] == "ns"])
     folders = [step.fact[1] for step in steps if step.fact[0] == "ns"]
     if name is None:
         folders += lost_folders(ctl, folders)
@@ -3100,8 +3188,8 @@ def mend(ctl, names, gone=(), strict=True):
         ctl.run.transact(leftovers(seen, set(steps) | set(stale)), [])
         seen = look(False)
     removes, makes = mending(steps, stale, seen)
-    end_stranded(ctl, [ctl.world[name] for name in sorted(names) if name in ctl.world])
-    evict(ctl, [step.fact[1] for step in removes if step.fact[0] == "ns"])
+    stop_programs(ctl, not_staying(names, (ctl.world, intended), new),
+                  [step.fact[1] for step in removes if step.fact[0] == "ns"])
     host, _ = parted(makes, new, seen)
     ctl.run.transact(removes, host)
     with ctl.run.patience():
@@ -3165,11 +3253,6 @@ def mend_records(ctl, new, names, troubles):
     """When the kernel matches: programs, then records; `troubles` receives a Problem for each program that does
     not start -> (how many were started, how many records changed)."""
     note_lost(ctl, new)
-    for name in sorted(names):
-        kept = [(app["subnet"], app["port"]) for app in (new.get(name) or {"apps": ()})["apps"]]
-        for app in (ctl.world.get(name) or {"apps": ()})["apps"]:
-            if (app["subnet"], app["port"]) not in kept and is_alive(app):
-                halt(ctl, app)
     silent = []
     started = revive_apps(ctl, [new[name] for name in sorted(names) if name in new], silent)
     for name, app, problem in silent:
@@ -3181,6 +3264,14 @@ def mend_records(ctl, new, names, troubles):
     touched = [name for name in sorted(set(new) | set(ctl.world)) if new.get(name) != ctl.world.get(name)]
     ctl.finish(set(touched) | set(ctl.intents), new)
     return started, len(touched)
+
+
+def not_staying(names, worlds, new):
+    """Apps of some VPCs of these worlds that do not go on running: they are not in the world `new`, or not as
+    they were started (gone, in a namespace that has lost its name, or never written down)."""
+    staying = {(app["pid"], app["start"]) for vpc in new.values() for app in vpc["apps"]}
+    return [app for world in worlds for name in sorted(names) if name in world for app in world[name]["apps"]
+            if (app["pid"], app["start"]) not in staying or not is_alive(app)]
 
 
 def settle_peers(world, damaged=()):
@@ -3294,8 +3385,10 @@ def delete_subnet(ctl, args):
     """remove a subnet with its programs and published ports"""
     new = ctl.copy()
     vpc = ctl.vpc(args.vpc, new)
-    remove_subnet(vpc, ctl.subnet(vpc, args.subnet))
-    ctl.change(new, before=lambda: evict(ctl, [ctl.subnet(ctl.world[args.vpc], args.subnet)["ns"]]))
+    subnet = ctl.subnet(vpc, args.subnet)
+    apps = [app for app in vpc["apps"] if app["subnet"] == args.subnet]
+    remove_subnet(vpc, subnet)
+    ctl.change(new, before=lambda: stop_programs(ctl, apps, [subnet["ns"]]))
     ctl.report("Deleted subnet %s from VPC %s" % (args.subnet, args.vpc))
 
 
@@ -3369,8 +3462,8 @@ def check_uplink(ctl, interface):
 
 def default_interface():
     """The interface of the host's default route, or None. Asks nobody."""
-    with open("/proc/net/route") as table:
-        rows = [line.split() for line in list(table)[1:]]
+    with open("/proc/net/route", "rb") as table:
+        rows = [os.fsdecode(line).split() for line in list(table)[1:]]
     ways = [(int(row[6]), row[0]) for row in rows if row[1] == "00000000" and row[7] == "00000000"]
     return min(ways)[1] if ways else None
 
@@ -3707,15 +3800,16 @@ def deploy_app(ctl, args):
                               "`vpcctl stop-app %s %s --port %d` first" % (args.vpc, args.subnet, args.port))
             return already(ctl, [args.vpc], "the app in subnet %s on port %d is there already" % (args.subnet, args.port))
     vpc["apps"].append(wanted)
+    prepare_apps(ctl, [wanted])
     ctl.change(new, after=lambda _: start_apps(ctl, [(args.vpc, wanted)]))
     ctl.report("Deployed app in subnet %s (%s) on port %d, PID=%d" % (
         args.subnet, subnet["ns"], args.port, wanted["pid"]))
 
 
 def new_app(vpc, subnet, port, program):
-    """The record of an app that is to be started."""
-    app = {"subnet": subnet["name"], "ns": subnet["ns"], "port": port, "pid": 0, "start": "",
-           "cmd": list(app_command(subnet["ns"], port, program)), "log": app_log(subnet["ns"], port)}
+    """The record of an app that is to be started; `prepare_apps` completes it."""
+    app = {"subnet": subnet["name"], "ns": subnet["ns"], "port": port, "pid": 0, "start": "", "cmd": [],
+           "log": app_log(subnet["ns"], port)}
     if program:
         app["command"] = list(program)
     return app
@@ -3726,29 +3820,102 @@ def app_log(space, port):
     return f"app_{space}_{port}.log"
 
 
-def app_command(space, port, program):
-    """The command that starts an app in its namespace: as user nobody where there is one, without any capability."""
-    mapped = has_nobody()
-    user = ("--reuid=%d" % NOBODY, "--regid=%d" % NOBODY, "--clear-groups") if mapped else ()
-    program = tuple(program) or (app_python(), "-m", "http.server", str(port))
-    return ("ip", "netns", "exec", space, "setpriv") + user + ("--bounding-set=-all", "--inh-caps=-all",
-                                                               "--no-new-privs") + program
+def prepare_apps(ctl, apps):
+    """Before apps are started: each gets a user id of its own, unless it can keep one, and its command."""
+    apps, users = list(apps), app_users()
+    held = [vpc for vpc in list(ctl.world.values()) + list(ctl.intents.values()) if vpc]
+    taken = {app.get("user") for vpc in held for app in vpc["apps"]} | {app.get("user") for app in apps}
+    if users and apps and not ctl.dry_run:
+        taken |= {process.user for process in processes().values()}
+    for app in apps:
+        if not users:
+            app.pop("user", None)
+        elif not users[0] <= (own_user(app) or 0) <= users[1]:
+            app["user"] = free_user(users, taken, "%s %s %d" % (ctl.store.folder, app["ns"], app["port"]))
+            taken.add(app["user"])
+        app["cmd"] = list(app_command(app))
 
 
-def has_nobody():
-    """Whether user nobody exists here: in a sandbox of an ordinary user there is but one user."""
+def free_user(users, taken, place):
+    """A user id for an app. It comes from its place, so that a dry run says what will be, and from the
+    namespace of processes: a sandbox has its own, but from outside its processes are seen. Problem if none
+    is left."""
+    import zlib
+    first, last = users
+    begin = zlib.crc32(("%s %d" % (place, os.stat("/proc/self/ns/pid").st_ino)).encode())
+    for number in range(last - first + 1):
+        user = first + (begin + number) % (last - first + 1)
+        if user not in taken and not is_account(user):
+            return user
+    raise Problem("no user id from %d to %d is free for another app" % users, "stop an app", 3)
+
+
+def app_users():
+    """The user ids that apps get here: (first, last). None in an ordinary user's sandbox: it has but one."""
     try:
-        with open("/proc/self/uid_map") as table:
-            return any(int(first) <= NOBODY < int(first) + int(count) for first, _, count in map(str.split, table))
+        maps = []
+        for kind in ("uid", "gid"):
+            with open("/proc/self/%s_map" % kind) as table:
+                maps.append([[int(word) for word in row.split()] for row in table])
     except OSError:
-        return True
+        return APP_USERS[0]                       # a kernel without user namespaces
+    for first, last in APP_USERS:
+        if all(any(low < first and last < low + count for low, _, count in rows) for rows in maps):
+            return first, last
+    return None
+
+
+def is_app_user(user):
+    """Whether a user id is one that apps get, and no account has it."""
+    return any(first <= user <= last for first, last in APP_USERS) and not is_account(user)
+
+
+def own_user(app):
+    """The user id that an app has to itself, or None: an older vpcctl, or one in a sandbox of an ordinary
+    user, gave it none, or an account has been made with it since, whose programs are not ours to end."""
+    user = app.get("user")
+    return user if user and not is_account(user) else None
+
+
+def is_account(user):
+    """Whether an account or a group of this machine has an id, or may use it in its containers."""
+    return any(first <= user <= last for first, last in accounts())
+
+
+@lru_cache(None)
+def accounts():
+    """The ids of this machine's accounts and groups, and of their containers: [(first, last)]."""
+    found = []
+    for name, pattern in (("passwd", rb"(\d+):(\d+):"), ("group", rb"(\d+):()"),
+                          ("subuid", b""), ("subgid", b"")):
+        try:
+            table = read_bytes("/etc/" + name)
+        except OSError:
+            continue
+        if pattern:                               # NAME:PASSWORD:ID…, and an account's own group
+            ids = re.findall(rb"(?m)^[^:\n]*:[^:\n]*:" + pattern, table)
+            found += [(int(one), int(one)) for pair in ids for one in pair if one]
+        else:                                     # NAME:FIRST:COUNT
+            found += [(int(first), int(first) + int(count) - 1)
+                      for first, count in re.findall(rb"(?m)^[^:\n]*:(\d+):(\d+)", table)]
+    return found
+
+
+def app_command(app):
+    """The command that starts an app in its namespace: as its user, if it has one, without any capability."""
+    user = ()
+    if app.get("user"):
+        user = ("--reuid=%d" % app["user"], "--regid=%d" % app["user"], "--clear-groups")
+    program = tuple(app.get("command") or (app_python(), "-m", "http.server", str(app["port"])))
+    return ("ip", "netns", "exec", app["ns"], "setpriv") + user + ("--bounding-set=-all", "--inh-caps=-all",
+                                                                   "--no-new-privs") + program
 
 
 def app_python():
-    """A Python that user nobody may run: the system's, or ours if every folder on its way is open."""
+    """A Python that an app's user may run: the system's, or ours if every folder on its way is open."""
     for path in ("/usr/bin/python3", "/usr/local/bin/python3", os.path.realpath(sys.executable)):
         folder = os.path.realpath(path)
-        if os.path.exists(folder) and not has_nobody():
+        if os.path.exists(folder) and not app_users():
             return path
         while os.path.exists(folder) and os.stat(folder).st_mode & 0o001 and folder != "/":
             folder = os.path.dirname(folder)
@@ -3781,10 +3948,13 @@ def start_apps(ctl, apps):
                 app["protocol"] = "udp"           # what `explain` and `graph` say of it
             child.returncode = 0                  # it outlives us on purpose: no warning that it was not waited for
     except BaseException:
+        stop_programs(ctl, [app for app, _ in children])
         for app, child in children:
-            child.returncode = None
-            stop_process(child.pid, child)
-            app["pid"] = 0
+            child.returncode, app["pid"] = None, 0
+            if child.poll() is None:              # it was about to become the app, and still root
+                child.kill()
+                child.wait()
+                stop_programs(ctl, [app])
         raise
 
 
@@ -3802,10 +3972,9 @@ def spawn_app(ctl, vpc_name, app):
         raise Problem("port %d is in use already in %s" % (app["port"], app["ns"]),
                       "take another --port; `vpcctl exec %s %s -- ss -lnp` shows who" % (vpc_name, app["subnet"]), 3)
     folder = prepare_page(vpc_name, app)
-    path = os.path.join(ctl.store.folder, app["log"])
-    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_NOFOLLOW, 0o644)
+    log = open_private(os.path.join(ctl.store.folder, app["log"]), os.O_WRONLY | os.O_TRUNC | os.O_APPEND)
     environment = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/", "LANG": "C.UTF-8",
-                   "PYTHONUNBUFFERED": "1", "VPCCTL_APP": app_tag(vpc_name, app)}
+                   "PYTHONUNBUFFERED": "1", "VPCCTL_APP": app_tag(app)}
     try:
         return popen(app["cmd"], stdout=log, stderr=subprocess.STDOUT, cwd=folder, env=environment)
     finally:
@@ -3816,10 +3985,8 @@ def prepare_page(vpc_name, app):
     """An empty folder of its own for each app, with one page that says where it is; never the current folder."""
     folder = page_folder(vpc_name, app)
     os.makedirs(folder, 0o755, exist_ok=True)
-    with open(folder + "/index.html", "w") as page:
-        page.write("<!doctype html><title>%(subnet)s</title><h1>%(vpc)s / %(subnet)s</h1>\n"
-                   "<p>Hello from subnet %(subnet)s of VPC %(vpc)s, port %(port)d.</p>\n"
-                   % dict(app, vpc=vpc_name))
+    _tee(folder + "/index.html", "<!doctype html><title>%(subnet)s</title><h1>%(vpc)s / %(subnet)s</h1>\n"
+         "<p>Hello from subnet %(subnet)s of VPC %(vpc)s, port %(port)d.</p>\n" % dict(app, vpc=vpc_name))
     return folder
 
 
@@ -3847,9 +4014,9 @@ def page_folder(vpc_name, app):
     return "%s/%s/www/%s-%d" % (RUN_DIR, vpc_name, app["subnet"], app["port"])
 
 
-def app_tag(vpc_name, app):
-    """What an app carries in its environment, by which it is found if a kill came before its PID was written down."""
-    return "%s/%s/%d" % (vpc_name, app["subnet"], app["port"])
+def app_tag(app):
+    """What an app carries in its environment: by it one is found that has no user id of its own."""
+    return "%s/%d" % (app["ns"], app["port"])
 
 
 def listening(table="self", kinds=("tcp", "tcp6", "udp", "udp6")):
@@ -3867,15 +4034,14 @@ def listening(table="self", kinds=("tcp", "tcp6", "udp", "udp6")):
 
 
 def process_start(pid):
-    """A process's identity beside its number: boot id and start time; empty if it is gone or a zombie."""
+    """A process's identity beside its number: boot id and start time; empty if it has ended."""
     try:
-        with open("/proc/%d/stat" % pid) as handle:
-            fields = handle.read().rpartition(")")[2].split()
-        with open("/proc/sys/kernel/random/boot_id") as handle:
-            boot = handle.read().strip()
+        fields = read_bytes("/proc/%d/stat" % pid).rpartition(b")")[2].split()
+        boot = read_bytes("/proc/sys/kernel/random/boot_id").decode().strip()
     except OSError:
         return ""
-    return "" if fields[0] in "ZX" else "%s/%s" % (boot, fields[19])
+    ended = fields[0] in b"ZX" and int(fields[17]) <= 1           # not only the first of its threads
+    return "" if ended else "%s/%d" % (boot, int(fields[19]))
 
 
 def is_alive(app):
@@ -3883,107 +4049,200 @@ def is_alive(app):
     if app["pid"] <= 1 or not app["start"] or process_start(app["pid"]) != app["start"]:
         return False
     try:
-        return (os.stat("/proc/%d/ns/net" % app["pid"]).st_ino == os.stat(os.path.join(NETNS_DIR, app["ns"])).st_ino)
+        return network_of(app["pid"]) == os.stat(os.path.join(NETNS_DIR, app["ns"])).st_ino
     except OSError:
         return False
 
 
-def processes_in(spaces):
-    """Processes in namespaces -> {pid: namespace name}."""
-    wanted = {}
+def by_threads(pid, name, look):
+    """What look(path) says of a process's file in /proc. OSError if it has ended; if its first thread has,
+    and others go on, only theirs have something in it."""
+    for thread in os.listdir("/proc/%d/task" % pid):
+        try:
+            found = look("/proc/%d/task/%s/%s" % (pid, thread, name))
+        except OSError:
+            continue
+        if found:
+            return found
+    raise OSError(errno.ESRCH, os.strerror(errno.ESRCH), "/proc/%d/%s" % (pid, name))
+
+
+def network_of(pid):
+    """The inode of a process's network namespace. OSError if it has ended."""
+    return by_threads(pid, "ns/net", lambda path: os.stat(path).st_ino)
+
+
+Process = namedtuple("Process", "name parent user session")
+# The kernel spells out a newline in a name. Of a zombie with more than one thread only the first thread has
+# ended.
+STATUS = re.compile(rb"Name:\t(.*)\n(?:.*\n)*?State:\t(.).*\n(?:.*\n)*?PPid:\t(\d+)\n(?:.*\n)*?"
+                    rb"Uid:\t(\d+)\t.*\n(?:.*\n)*?NSsid:\t(\d+).*\n(?:.*\n)*?Threads:\t(\d+)\n")
+
+
+def processes():
+    """All processes that have not ended, but the first and this one -> {pid: Process}."""
+    found = {}
+    for entry in os.listdir("/proc"):
+        if not entry.isdigit() or int(entry) in (1, os.getpid()):
+            continue
+        try:
+            facts = STATUS.match(read_bytes("/proc/%s/status" % entry))
+        except OSError:
+            continue                              # it has just ended
+        if facts and (facts.group(2) not in b"ZX" or int(facts.group(6)) > 1):
+            name, _, parent, user, session, _ = facts.groups()
+            found[int(entry)] = Process(name.decode("utf-8", "replace"), int(parent), int(user), int(session))
+    return found
+
+
+def processes_in(spaces, pids):
+    """Which of these processes are in namespaces -> {pid: namespace name}."""
+    wanted, found = {}, {}
     for space in spaces:
         try:
             wanted[os.stat(os.path.join(NETNS_DIR, space)).st_ino] = space
         except OSError:
             continue
-    found = {}
-    own = os.stat("/proc/self/ns/net").st_ino
-    wanted.pop(own, None)
-    for entry in os.listdir("/proc") if wanted else ():
-        if entry.isdigit() and int(entry) > 1:
-            try:
-                inode = os.stat("/proc/%s/ns/net" % entry).st_ino
-            except OSError:
-                continue
-            if inode in wanted:
-                found[int(entry)] = wanted[inode]
+    wanted.pop(os.stat("/proc/self/ns/net").st_ino, None)
+    for pid in pids if wanted else ():
+        try:
+            inode = network_of(pid)
+        except OSError:
+            continue
+        if inode in wanted:
+            found[pid] = wanted[inode]
     return found
 
 
-def stop_process(pid, child=None):
-    """End a process and its group: TERM, then KILL."""
-    import signal
-    import time
-    for number in (signal.SIGTERM, signal.SIGKILL):
+def to_be_stopped(apps, spaces):
+    """All that runs in these namespaces, and all that these apps have started, wherever it went ->
+    {pid: (Process, app or None, namespace or None)}.
+
+    An app cannot change its user id, nor can anything that it starts: where it has its own, that says it all.
+    """
+    known = processes()
+    inside = processes_in(spaces, known)
+    owners = {own_user(app): app for app in apps if own_user(app)}
+    homes = {known[pid].user: space for pid, space in inside.items() if is_app_user(known[pid].user)}
+    found = {}
+    for pid, process in known.items():
+        space = inside.get(pid) or homes.get(process.user)        # the rest of an app that is in no record
+        if space or process.user in owners:
+            found[pid] = process, owners.get(process.user), space
+    for app in apps:
+        if not own_user(app):
+            found.update({pid: (known[pid], app, None) for pid in kin(app, known)})
+    return found
+
+
+def kin(app, known):
+    """Which of the processes are of an app without a user id of its own -> PIDs: the one that was started,
+    those with its tag, and their descendants and sessions. One that has left its parents, its session and its
+    environment is not found."""
+    shared = NOBODY if app_users() else os.geteuid()
+    alike = {pid: process for pid, process in known.items() if process.user == shared}
+    found = {pid for pid in alike if (pid == app["pid"] and is_alive(app)) or tagged(pid, app_tag(app))}
+    more = found
+    while more:
+        more = {pid for pid, process in alike.items()
+                if pid not in found and (process.parent in found or process.session in found)}
+        found |= more
+    return found
+
+
+def tagged(pid, tag):
+    """Whether a process carries an app's tag in its environment."""
+    try:
+        return ("VPCCTL_APP=" + tag).encode() in by_threads(pid, "environ", read_bytes).split(b"\0")
+    except OSError:
+        return False
+
+
+def read_bytes(path):
+    """All of a file."""
+    with open(path, "rb") as handle:
+        return handle.read()
+
+
+def signal_user(user, number):
+    """Send a signal to all that an app's user runs -> whether it was sent.
+
+    A child does it that becomes this user, so that nobody else can be hit; in one call, which a program that
+    forks without end cannot outrun. Its real and saved ids are those that no app has: it cannot be hit
+    itself."""
+    unused = [first - 1 for first, last in APP_USERS if first <= user <= last][0]
+    child = os.fork()
+    if not child:
         try:
-            if os.getpgid(pid) == pid:
-                os.killpg(pid, number)
+            os.setgroups([])
+            os.setresgid(unused, unused, unused)
+            os.setresuid(unused, user, unused)
+            powerless = re.search(rb"(?m)^CapEff:\t0+$", read_bytes("/proc/thread-self/status"))
+            if powerless and os.getresuid() == (unused, user, unused):
+                os.kill(-1, number)
+                os._exit(0)
+        finally:
+            os._exit(1)
+    return os.waitpid(child, 0)[1] == 0
+
+
+def send_signal(found, number):
+    """Send a signal to processes that are to be stopped -> PIDs of those that got it."""
+    users, told = {}, set()
+    for pid, (process, _, _) in found.items():
+        try:
+            if is_app_user(process.user):
+                if process.user not in users:
+                    users[process.user] = signal_user(process.user, number)
+                if not users[process.user]:
+                    continue
             else:
                 os.kill(pid, number)
-        except (ProcessLookupError, PermissionError):
-            break
-        deadline = time.monotonic() + STOP_WAIT
-        while (child.poll() is None if child else process_start(pid)) and time.monotonic() < deadline:
-            time.sleep(0.005)
-        if (child.poll() is not None) if child else not process_start(pid):
-            break
+        except ProcessLookupError:
+            pass
+        told.add(pid)
+    return told
 
 
-def evict(ctl, spaces):
-    """End every process in namespaces that are to go: apps, and whatever else was started there (named)."""
+def stop_programs(ctl, apps, spaces=()):
+    """End apps with all that they have started, and what else runs in namespaces that are to go (it is
+    named): TERM, and if that does not do, KILL."""
     import signal
     import time
-    spaces = set(spaces)
-    apps = {app["pid"]: app for vpc in ctl.world.values() for app in vpc["apps"]}
-    if not spaces or ctl.dry_run:
-        for pid, app in apps.items():
-            if app["ns"] in spaces:
-                ctl.run.echo(("kill", str(pid)), "ends the app on port %d" % app["port"])
+    if ctl.dry_run:
+        for app in apps:
+            ctl.run.echo(("kill", str(app["pid"])), "ends the app on port %d" % app["port"])
+    if ctl.dry_run or not (apps or spaces):
         return
+    found = to_be_stopped(apps, spaces)
+    for pid in sorted(found):
+        process, app, space = found[pid]
+        where = "of the app on port %d" % app["port"] if app else "in %s" % space
+        ctl.run.echo(("kill", str(pid)), "ends %s %s" % (process.name, where))
+        if not app:
+            ctl.note("ending process %d (%s) in namespace %s" % (pid, process.name, space))
     for number in (signal.SIGTERM, signal.SIGKILL):
-        found = processes_in(spaces)
-        for pid, space in sorted(found.items()):
-            if number == signal.SIGTERM:
-                ctl.run.echo(("kill", str(pid)), "ends %s in %s" % (process_name(pid), space))
-                if pid not in apps:
-                    ctl.note("ending process %d (%s) in namespace %s" % (pid, process_name(pid), space))
-            try:
-                os.kill(pid, number)
-            except ProcessLookupError:
-                continue
-        deadline = time.monotonic() + STOP_WAIT
+        deadline, told = time.monotonic() + STOP_WAIT, set()
         while found and time.monotonic() < deadline:
-            found = {pid: space for pid, space in found.items() if process_start(pid)}
-            time.sleep(0.005 if found else 0)
-
-
-def process_name(pid):
-    """A process's short name."""
-    try:
-        with open("/proc/%d/comm" % pid) as handle:
-            return handle.read().strip()
-    except OSError:
-        return "gone"
+            told |= send_signal({pid: found[pid] for pid in found if pid not in told}, number)
+            time.sleep(0.005)
+            found = to_be_stopped(apps, spaces)
+    for pid in sorted(found):
+        ctl.note("process %d (%s) could not be ended" % (pid, found[pid][0].name))
 
 
 def revive_apps(ctl, vpcs, troubles=None):
     """Start the apps of these VPCs that are gone -> how many. With `troubles` (a list), one that cannot be started does
     not stop the others, and (VPC name, app, Problem) goes there."""
     gone = [(vpc["name"], app) for vpc in vpcs for app in vpc["apps"] if not is_alive(app)]
-    missing = []
-    for vpc_name, app in gone:
-        found = [pid for pid in processes_in([app["ns"]]) if tagged(pid, app_tag(vpc_name, app))]
-        if found:                                 # a kill came between its start and the record
-            app["pid"], app["start"] = min(found), process_start(min(found))
-        else:
-            app["cmd"] = list(app_command(app["ns"], app["port"], app.get("command") or ()))
-            missing.append((vpc_name, app))
+    stop_programs(ctl, [app for _, app in gone])  # something may be left, or its PID was never written down
+    prepare_apps(ctl, [app for _, app in gone])
     try:
-        start_apps(ctl, missing)
+        start_apps(ctl, gone)
     except Problem:
         if troubles is None:
             raise
-        for vpc_name, app in missing:
+        for vpc_name, app in gone:
             try:
                 start_apps(ctl, [(vpc_name, app)])
             except Problem as problem:
@@ -3991,29 +4250,12 @@ def revive_apps(ctl, vpcs, troubles=None):
     return len(gone)
 
 
-def end_stranded(ctl, vpcs):
-    """End apps whose namespace has lost its name: the process that was started, by number, start and its tag."""
-    for vpc in vpcs if not ctl.dry_run else ():
-        for app in vpc["apps"]:
-            if (app["pid"] > 1 and app["start"] and process_start(app["pid"]) == app["start"] and not is_alive(app)
-                    and tagged(app["pid"], app_tag(vpc["name"], app))):
-                ctl.run.echo(("kill", str(app["pid"])), "ends an app whose namespace is lost")
-                stop_process(app["pid"])
-
-
-def tagged(pid, tag):
-    """Whether a process carries an app's tag in its environment."""
-    try:
-        with open("/proc/%d/environ" % pid, "rb") as handle:
-            return ("VPCCTL_APP=" + tag).encode() in handle.read().split(b"\0")
-    except OSError:
-        return False
-
-
 def last_lines(path, count=5):
     """The last lines of a file, on one line."""
-    with open(path, errors="replace") as handle:
-        return " | ".join(line.strip() for line in handle.read()[-2000:].splitlines()[-count:] if line.strip())
+    with open(path, "rb") as handle:
+        handle.seek(max(0, os.fstat(handle.fileno()).st_size - 2000))
+        lines = handle.read(2000).decode("utf-8", "replace").splitlines()
+    return " | ".join(line.strip() for line in lines[-count:] if line.strip())
 
 
 @command("stop-app", "stop-app blog web", VPC, SUBNET,
@@ -4028,20 +4270,12 @@ def stop_app(ctl, args):
     if not chosen:
         return ctl.report("No app is deployed in subnet %s%s" % (args.subnet, " on port %d" % args.port if args.port else ""))
     vpc["apps"] = [app for app in vpc["apps"] if app not in chosen]
-    ctl.change(new, before=lambda: [halt(ctl, app) for app in chosen])
+    for app in chosen:
+        if not ctl.dry_run and not is_alive(app):
+            ctl.note("the app on port %d was gone already" % app["port"])
+    ctl.change(new, before=lambda: stop_programs(ctl, chosen))
     for app in chosen:
         ctl.report("Stopped app in subnet %s on port %d, PID=%d" % (args.subnet, app["port"], app["pid"]))
-
-
-def halt(ctl, app):
-    """End one app, if it is still the process that was started."""
-    if ctl.dry_run:
-        return ctl.run.echo(("kill", str(app["pid"])), "ends the app")
-    if is_alive(app):
-        ctl.run.echo(("kill", str(app["pid"])), "ends the app")
-        stop_process(app["pid"])
-    else:
-        ctl.note("the app on port %d was gone already" % app["port"])
 
 
 @command("logs", "logs blog web", VPC, SUBNET,
@@ -4056,7 +4290,10 @@ def logs(ctl, args):
     if not apps:
         raise Problem("no app is deployed in subnet %s" % args.subnet,
                       "`vpcctl deploy-app %s %s --port 8080` starts one" % (args.vpc, args.subnet))
-    handles = [open(os.path.join(ctl.store.folder, app["log"]), errors="replace") for app in apps]
+    try:
+        handles = [open(os.path.join(ctl.store.folder, app["log"]), errors="replace") for app in apps]
+    except PermissionError:
+        raise Problem("what apps write is for root alone", "use sudo", 4) from None
     while True:
         for handle in handles:
             text = handle.read()
@@ -4384,7 +4621,7 @@ def change_world(ctl, new):
     kept = {subnet["ns"]: subnet for vpc in new.values() for subnet in vpc["subnets"]}
     wire = lambda subnet: subnet and {key: value for key, value in subnet.items() if key != "policy"}
     gone = [space for space in spaces if wire(spaces[space]) != wire(kept.get(space))]
-    fresh, ended = [], []
+    fresh = []
     for name, vpc in new.items():
         for app in vpc["apps"]:
             if app["ns"] in gone:
@@ -4392,13 +4629,9 @@ def change_world(ctl, new):
             if not app["pid"]:
                 fresh.append((name, app))
     staying = {(name, app["ns"], app["port"]) for name, vpc in new.items() for app in vpc["apps"] if app["pid"]}
-    ended = [app for key, app in old_apps.items() if key not in staying and app["ns"] not in gone]
-
-    def before():
-        for app in ended:
-            halt(ctl, app)
-        evict(ctl, gone)
-    ctl.change(new, before=before, after=lambda _: start_apps(ctl, fresh))
+    ended = [app for key, app in old_apps.items() if key not in staying]
+    prepare_apps(ctl, [app for _, app in fresh])
+    ctl.change(new, before=lambda: stop_programs(ctl, ended, gone), after=lambda _: start_apps(ctl, fresh))
 
 
 def plan_lines(old, new):
@@ -4647,7 +4880,6 @@ OUTCOMES = {"open": "open", "refused": "refused: the host answered, nothing list
 
 def probe(address, port=None, protocol="tcp", patience=2.0):
     """Called in a namespace: send a packet and wait -> a key of OUTCOMES. Without a port, or for icmp: ping."""
-    import errno
     import socket
     kind = socket.SOCK_STREAM if port and protocol == "tcp" else socket.SOCK_DGRAM
     if not port or protocol == "icmp":

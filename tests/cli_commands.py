@@ -507,7 +507,7 @@ class FolderTest(CliTest):
         os.chmod(self.data, 0o755)
         self.cli("list")
 
-    @unittest.skipIf(os.geteuid() != 0 or not tool.has_nobody(), "only root of the whole machine can give a folder away")
+    @unittest.skipIf(os.geteuid() != 0 or not tool.app_users(), "only root of the whole machine can give a folder away")
     def test_somebody_else_s(self):
         self.records()
         os.chown(self.data, 65534, 65534)

@@ -547,7 +547,7 @@ class AppTest(GuideTest):
         with open("/proc/self/uid_map") as handle:
             mapped = [line.split() for line in handle]
         if mapped and int(mapped[0][2]) > 65534:
-            self.assertEqual(set(status["Uid"].split() + status["Gid"].split()), {"65534"})
+            self.assertEqual(set(status["Uid"].split() + status["Gid"].split()), {str(record("blog")["apps"][0]["user"])})
             self.assertEqual(status["Groups"].strip(), "")
         self.assertEqual(os.readlink("/proc/%d/cwd" % pid), "/run/vpcctl/blog/www/web-80")
         self.assertEqual(os.listdir("/run/vpcctl/blog/www/web-80"), ["index.html"])
@@ -588,7 +588,7 @@ class AppTest(GuideTest):
                 with open(path, "w") as handle:
                     json.dump(found, handle)
                 done = vpcctl("stop-app", "blog", "web")
-                self.assertNotIn(">>> kill", done.out)
+                self.assertNotIn(">>> kill %d\n" % victim.pid, done.out)
                 self.assertIn("gone already", done.err)
                 self.assertIsNone(victim.poll())
                 self.assert_open("ns-blog-web" if victim is beside else None, "127.0.0.1", 9000 if victim is beside else 9001)
@@ -598,8 +598,8 @@ class AppTest(GuideTest):
                     json.dump(found, handle)
                 vpcctl("stop-app", "blog", "web")
             self.assertIsNone(beside.poll())
-            self.assert_open(None, "10.20.1.2", 8080)
-            self.assertTrue(os.path.isdir("/proc/%d" % mine), "no record names it any more, so stop-app leaves it")
+            self.assert_refused(None, "10.20.1.2", 8080)
+            self.assertFalse(os.path.isdir("/proc/%d" % mine), "it is found without its number")
 
     @staticmethod
     def started(pid):

@@ -26,7 +26,7 @@ SIGNALS = ("TERM-before", "INT-after", "HUP-before", "TERM-after", "INT-before")
 FAILURES = ("fail", "fail-on", "die-after")
 TOOL_MODES = FAILURES + SIGNALS + KILLS
 FILE_MODES = ("kill-before", "kill-after", "fail", "TERM-after")
-FILE_WORKS = ("replace", "unlink", "symlink", "makedirs", "rmdir", "kill", "killpg", "fsync")
+FILE_WORKS = ("replace", "unlink", "symlink", "makedirs", "rmdir", "kill", "fork", "fsync")
 
 SHIM = r"""#!/bin/sh
 # stands in for %(tool)s: counts the call, and at the chosen one fails, dies, or stops vpcctl
@@ -196,12 +196,14 @@ def wait_for(child, seconds=90):
 
 def wrap_files(works, fired, at, mode):
     """In the child: count what vpcctl does to files (and processes) itself, and strike at the at-th work."""
-    real_open, real_os_open, real_kill = builtins.open, os.open, os.kill
+    real_open, real_os_open, real_kill, vpcctl = builtins.open, os.open, os.kill, os.getpid()
     log = real_os_open(works, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     count = [0]
 
     def counted(name, work):
         def wrapper(*args, **options):
+            if os.getpid() != vpcctl:             # a child that signals an app's processes
+                return work(*args, **options)
             count[0] += 1
             number = count[0]
             os.write(log, ("%s %.100s\n" % (name, args[:1])).encode())
@@ -210,9 +212,11 @@ def wrap_files(works, fired, at, mode):
             os.close(real_os_open(fired, os.O_WRONLY | os.O_CREAT, 0o644))
             if mode == "kill-before":
                 real_kill(os.getpid(), signal.SIGKILL)
-            if mode == "fail" and name not in ("kill", "killpg"):
+            if mode == "fail" and name not in ("kill", "fork"):
                 raise OSError(5, os.strerror(5), args[0])
             result = work(*args, **options)
+            if os.getpid() != vpcctl:
+                return result
             if mode == "kill-after":
                 real_kill(os.getpid(), signal.SIGKILL)
             if mode == "TERM-after":
