@@ -21,7 +21,7 @@ def inside(*argv, **options):
         raise AssertionError(str(result))
 
 
-class HostileTest(SandboxTest):
+class Hostile(SandboxTest):
     """blue has b1 (hostile) and b2, red has r1 and r2; the host has a service on port 7."""
 
     def setUp(self):
@@ -55,7 +55,6 @@ class HostileTest(SandboxTest):
             self.assertIn("blue/b1", restored.err)
             self.assertEqual([line for line in found.splitlines() if line.startswith("  ") and "blue-b1" not in line], [], found)
         vpcctl("add-subnet", "red", "r3", "--cidr", "10.2.3.0/24")
-        vpcctl("delete-subnet", "red", "r3")
         vpcctl("add-subnet", "blue", "b3", "--cidr", "10.1.3.0/24")
         settle("ip", "link", "del", "br-red")           # healed before a change, in spite of b1
         vpcctl("add-subnet", "red", "r4", "--cidr", "10.2.4.0/24")
@@ -71,8 +70,12 @@ class HostileTest(SandboxTest):
         self.assert_as_before()
 
     def rename(self):
+        """Give b1's card another name."""
         for words in ("set %s down" % self.card, "set %s name evil0" % self.card, "set evil0 up"):
             settle("ip", "-n", SPACE, "link", *words.split())
+
+
+class HostileCardTest(Hostile):
 
     def test_a_renamed_card(self):
         self.rename()
@@ -96,6 +99,9 @@ class HostileTest(SandboxTest):
         settle("ip", "-n", SPACE, "link", "add", self.card, "type", "bridge")
         settle("ip", "link", "del", subnet("blue", "b1")["veth"] + "-b")
         self.survives(made_anew=False)
+
+
+class HostileRulesTest(Hostile):
 
     def test_names_and_comments_with_odd_characters(self):
         inside("iptables", "-I", "INPUT", "-m", "comment", "--comment", "one\n-A INPUT \"two'\\\x1c\u2028", "-j", "ACCEPT")
