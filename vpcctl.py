@@ -457,7 +457,7 @@ def missing_tool(tool):
                    % (PACKAGES.get(tool, tool), PACKAGES.get(tool, tool).split()[0]), 4)
 
 
-# Of a package: the program that tells its version, how it does, the oldest one that will do, and that one's number.
+# Of a package: the program that tells its version, how it does, the oldest that will do, and its number.
 # (Before 5.8 an iproute2 told the date of its release, as ss181023.)
 OLDEST = {"iproute2": ("ip", r"iproute2-([0-9s.]+)", "4.19", (0, 181023)),
           "iptables": ("iptables", r"v([0-9.]+)", "1.6.2", (1, 6, 2))}
@@ -467,7 +467,7 @@ UNHEARD = re.compile("option|usage|" + NO_JSON, re.I)
 
 
 def too_old(failure):
-    """The Problem for a command that failed because its tool is too old, or None. Only then a tool is asked its age."""
+    """The Problem for a command that failed because its tool is too old, or None."""
     argv = inner(failure.argv) if lane(failure.argv)[0] == "ns" else failure.argv
     package = PACKAGES.get(argv[0], "").partition(" ")[0]
     if package not in OLDEST or not UNHEARD.search(failure.said):
@@ -487,7 +487,8 @@ def refusal(failure, hint=""):
     old = too_old(failure)
     if old:
         old.hint += hint and "; " + hint
-    return old or Problem(f"`{shown(failure.argv)}` failed: {failure.said.strip() or 'no reason given'}", hint, 3)
+        return old
+    return Problem(f"`{shown(failure.argv)}` failed: {failure.said.strip() or 'no reason given'}", hint, 3)
 
 
 def enter_namespace(name):
@@ -577,8 +578,8 @@ def one_call(argv):
 def ip_batch(commands):
     """Run commands of ip in as few processes as it can -> how many were done, error text.
 
-    A batch of ip 4.20 knows only the interfaces that were there when it began: from the line that names another, a new
-    one goes on. It ends, since each must have done something.
+    A batch of ip 4.20 may know only the interfaces that were there when it began: from the line that names
+    another, a new one goes on. That ends, since each must have done something.
     """
     done, count, said = 0, 1, STRANGER
     while STRANGER in said and count > 0:
@@ -623,9 +624,12 @@ def iptables_batch(commands):
         return len(commands), ""
     if code > 0 and TOO_LONG in said:
         return iptables_pieces(commands)
-    return (0 if code > 0 and (tables == 1 or UNHEARD.search(said)) else UNKNOWN), said
+    untouched = tables == 1 or ITS_OWN_OPTION.search(said)
+    return (0 if code > 0 and untouched else UNKNOWN), said
 
 
+# What a tool says of an option of its own that it does not know: it has done nothing then.
+ITS_OWN_OPTION = re.compile("(invalid|unrecognized) option")
 PIECE, TOO_LONG = 200, "Message too long"
 
 
@@ -733,8 +737,11 @@ def close_folder(path, deep=False):
             raise OSError(errno.EPERM, "it belongs to user %d, not to root: remove it" % found.st_uid, inner)
 
 
-def rtnetlink(kind, flags, body):
-    """Send the kernel's routing side one message -> its answers, without their headers. OSError if it refuses."""
+def rtnetlink(kind, flags, body, device=""):
+    """Send the kernel's routing side one message -> its answers, without their headers.
+
+    Raises OSError, of the device, if it refuses.
+    """
     import socket
     import struct
     answers = []
@@ -747,7 +754,7 @@ def rtnetlink(kind, flags, body):
                 if kind in (2, 3):                # NLMSG_ERROR (0: it is done), NLMSG_DONE
                     code = -struct.unpack_from("=i", heard, at + 16)[0]
                     if code:
-                        raise OSError(code, os.strerror(code))
+                        raise OSError(code, os.strerror(code), device)
                     return answers
                 answers.append(heard[at + 16:at + size])
                 at += size + 3 & ~3
@@ -777,10 +784,11 @@ def _neighbour(table, verb, target, *words):
         family, state, flags, facts = AF_BRIDGE, 0x40, 0x04, b""              # NUD_NOARP, NTF_MASTER
         named["lladdr"] = target
     if "lladdr" in named:
-        facts += struct.pack("=HH6sxx", 10, 2, bytes.fromhex(named["lladdr"].replace(":", "")))     # NDA_LLADDR
+        mac = bytes.fromhex(named["lladdr"].replace(":", ""))
+        facts += struct.pack("=HH6sxx", 10, 2, mac)                           # NDA_LLADDR
     kind, how = (28, 0x505) if verb == "replace" else (29, 0x005)             # RTM_NEWNEIGH, RTM_DELNEIGH
     number = socket.if_nametoindex(named["dev"])
-    rtnetlink(kind, how, struct.pack("=BxxxiHBB", family, number, state, flags, 0) + facts)
+    rtnetlink(kind, how, struct.pack("=BxxxiHBB", family, number, state, flags, 0) + facts, named["dev"])
 
 
 AF_BRIDGE = 7
@@ -789,7 +797,7 @@ PORT_FLAGS = {"bcast_flood": 30, "locked": 39}
 
 
 def by_netlink(argv, said):
-    """A command for a port's switch that this `ip` does not know -> the same as a message to the kernel, or None."""
+    """A command for a port's switch that this `ip` does not know -> the message that does it, or None."""
     if "bridge_slave" in argv and argv[-2] in PORT_FLAGS and "unknown option" in said:
         return ("netlink", "RTM_SETLINK", argv[3]) + argv[-2:]
     return None
@@ -799,22 +807,22 @@ def _set_port(_, port, flag, value):
     """Switch a port's flag. A kernel that does not know it says nothing, so it is read back."""
     import socket
     import struct
-    setting = struct.pack("=HHHHBxxx", 12, 0x8000 | 12, 5, PORT_FLAGS[flag], value == "on")         # IFLA_PROTINFO
-    number = socket.if_nametoindex(port)
-    rtnetlink(19, 0x005, struct.pack("=BxHiII", AF_BRIDGE, 0, number, 0, 0) + setting)              # RTM_SETLINK
-    if port_flags()[port][flag] != (value == "on"):
+    body = struct.pack("=BxHiII", AF_BRIDGE, 0, socket.if_nametoindex(port), 0, 0)
+    body += struct.pack("=HHHHBxxx", 12, 0x8000 | 12, 5, PORT_FLAGS[flag], value == "on")     # IFLA_PROTINFO
+    rtnetlink(19, 0x005, body, port)              # RTM_SETLINK
+    if port_flags().get(port, {}).get(flag) != (value == "on"):
         raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP), port)
 
 
 def port_flags():
-    """The switches of every bridge port: port -> {flag: True, False, or None if this kernel has no such flag}."""
+    """Every bridge port's switches: port -> {flag: True, False, or None if this kernel has no such flag}."""
     import struct
     found = {}
-    for answer in rtnetlink(18, 0x301, struct.pack("=BxHiII", AF_BRIDGE, 0, 0, 0, 0)):              # RTM_GETLINK, all
+    for answer in rtnetlink(18, 0x301, struct.pack("=BxHiII", AF_BRIDGE, 0, 0, 0, 0)):      # RTM_GETLINK, all
         told = attributes(answer, 16)
         name, port = told[3].rstrip(b"\0").decode("utf-8", "replace"), attributes(told.get(12, b""))
-        found[name] = {
-            flag: bool(port[number][0]) if number in port else None for flag, number in PORT_FLAGS.items()}
+        found[name] = {flag: bool(port[number][0]) if number in port else None
+                       for flag, number in PORT_FLAGS.items()}
     return found
 
 
@@ -1036,12 +1044,12 @@ class Executor:
         if done == end - start:
             return end
         pair, argv, last = commands[start + done]
-        other = by_netlink(argv, said)
+        other, managed = by_netlink(argv, said), 0
         if other:
             if not self.quiet:
                 self.say(f"    {shown(other)}: this ip has no word for it")
-            other, said = run_lane("file", [other])
-        if other:
+            managed, said = run_lane("file", [other])
+        if managed:
             self.commands += 1
             made.extend([pair] if last else [])
         elif pair[1].optional and INCAPABLE.search(said):
@@ -2541,12 +2549,14 @@ def is_our_link(path):
 
 
 def ask(*argv, has):
-    """Ask a tool that prints JSON -> its entries that are not empty, each of which has the key `has`. Failure if the
-    tool failed, or printed something else."""
+    """Ask a tool that prints JSON -> its entries that are not empty, each of which has the key `has`.
+
+    Raises Failure if the tool failed, or printed something else.
+    """
     code, out, said = call(list(argv))
     if code < 0 or (code and not out):
         raise Failure(argv, said)
-    # Before 5.0, ip told a route's type without a key, which is no JSON, and what a routing rule does by another key.
+    # Before 5.0, ip told a route's type without a key, which is no JSON, and a rule's action by another key.
     fixed = re.sub(r'\{"(\w+)",', r'{"type":"\1",', out.replace('"to_tbl":', '"action":'))
     try:                                          # a name may hold any character: ip prints some as they are
         return [entry for entry in json.loads(fixed or "[]", strict=False) if entry and entry[has] is not None]
@@ -2582,7 +2592,7 @@ def see_links(seen, adopt):
     """Interfaces, bridge ports and namespaces."""
     by_id = {}
     for entry in ask("ip", "-j", "netns", "list", has="name"):
-        name, number = entry.get("name", ""), entry.get("id")
+        name, number = entry["name"], entry.get("id")
         by_id[number] = name
         fact = ("ns", name)
         if is_marked(name, number):
@@ -2930,7 +2940,7 @@ def free_on_host(ctl, block, world):
         for route in ask("ip", "-j", "-4", "route", "show", "table", "all", has="dst"):
             table = str(route.get("table", "main"))
             tables.add(int(table) if table.isdigit() else 0)
-            target = route.get("dst", "default")
+            target = route["dst"]
             if target == "default" or route.get("dev") in ours or str(route.get("protocol")) == PROTOCOL:
                 continue
             if table == FENCE_TABLE or block.overlaps(as_network(target if "/" in target else target + "/32")):
@@ -5849,7 +5859,8 @@ def sandbox_steps(commands):
     """Run one set-up command, or several of ip."""
     done, said = ip_batch(commands)
     if done < len(commands):
-        raise Problem(f"the sandbox cannot be set up: `{shown(commands[max(done, 0)])}` failed: {said.strip()}",
+        failed = shown(commands[max(done, 0)])
+        raise Problem(f"the sandbox cannot be set up: `{failed}` failed: {said.strip()}",
                       "run it with sudo; in a container, start that with --privileged", 4)
 
 

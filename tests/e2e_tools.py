@@ -1,4 +1,4 @@
-"""The tools of other systems: the guide with older ones, the same things made; too old ones, and answers that are none."""
+"""The tools of other systems: the guide with older ones; too old ones and answers that are none are named."""
 
 import json
 import os
@@ -58,7 +58,8 @@ class FlagTest:
         vpcctl("add-subnet", "shop", "api", "--cidr", "10.30.1.0/24")
         made = vpcctl("peer", "blog", "shop", "--allow-cidrs", "10.20.1.0/24,10.30.1.0/24").out
         for end in ("a", "b"):
-            self.assertEqual(made.count(">>> ip link set pv-blog-shop-%s type bridge_slave bcast_flood off\n" % end), 1)
+            said = ">>> ip link set pv-blog-shop-%s type bridge_slave bcast_flood off\n" % end
+            self.assertEqual(made.count(said), 1)
             self.assertIn("    netlink RTM_SETLINK pv-blog-shop-%s bcast_flood off: " % end, made)
         self.assertNotIn("netlink", vpcctl("--quiet", "add-subnet", "shop", "db").out)
         port, cable = (True, True), (False, False)
@@ -108,7 +109,7 @@ class Iproute55IsolationTest(OldTools, e2e_isolation.TriangleTest):
 
 TOO_OLD_IP = """#!/bin/sh
 [ "$1" = -V ] && { echo "ip utility, iproute2-ss170905"; exit 0; }
-for word in "$@"; do [ "$word" = -j ] && { echo 'Option "-j" is unknown, try "ip -help".' >&2; exit 255; }; done
+for word in "$@"; do [ "$word" = -j ] && { echo 'Option "-j" is unknown, try "ip -help".' >&2; exit 1; }; done
 exec REAL "$@"
 """
 HALF_OLD_IP = """#!/bin/sh
@@ -170,8 +171,8 @@ class UselessTest(SandboxTest):
 
     def test_another_program_of_that_name(self):
         self.world()
-        self.refused(self.stand_in(OTHER_IP, "ip"), "`ip` is too old: it is no iproute2: ip: invalid option", 4,
-                     "create shop --cidr 10.30.0.0/16", "verify", "restore")
+        env = self.stand_in(OTHER_IP, "ip")
+        self.refused(env, "`ip` is too old: it is no iproute2: ip: invalid option", 4, "create shop --cidr 10.30.0.0/16", "verify", "restore")
 
     def test_iptables_too_old(self):
         self.world()
@@ -183,13 +184,13 @@ class UselessTest(SandboxTest):
         self.world()
         vpcctl("create", "shop", "--cidr", "10.30.0.0/16")
         answer = "<html>" + "y" * 100
-        for tool, what in (("ip", "netns list"), ("ip", "link show"), ("ip", "addr show"), ("ip", "neigh show"),
-                           ("ip", "rule show"), ("ip", "route show"), ("bridge", "fdb show")):
+        for tool, what in (("ip", "netns list"), ("ip", "link show"), ("ip", "addr show"),
+                           ("ip", "neigh show"), ("ip", "rule show"), ("ip", "route show"), ("bridge", "fdb show")):
             env = self.stand_in(ODD.replace("WHAT", what).replace("ANSWER", answer), tool)
             with self.subTest(what):
                 said = vpcctl("verify", env=env, code=3).err
-                self.assertRegex(said, "`%s -j .*%s.*` failed: this is no JSON that can be read: " % (tool, what))
-                self.assertIn(answer[:80] + "\n", said)
+                self.assertRegex(said, "`%s -j .*%s.*` failed: this is no JSON" % (tool, what))
+                self.assertIn(" that can be read: " + answer[:80] + "\n", said)
             os.unlink(self.file(tool, ""))
         env = self.stand_in(ODD.replace("WHAT", "route show").replace("ANSWER", "<html>"), "ip")
         self.refused(env, "show table all` failed: this is no JSON that can be read: <html>", 3,

@@ -1,4 +1,4 @@
-"""Stand-ins for the `ip` and `bridge` of older systems: they refuse what those refuse, answer as those answer, and let
+"""Stand-ins for the `ip` and `bridge` of older systems: they refuse what those refuse, answer as those do, and let
 the real ones do the rest. `install` writes them into a folder, which is then put first on PATH.
 
 As a program: oldtools.py VERSION TOOL REAL WORDS…
@@ -52,7 +52,9 @@ def batch(version, real, lines):
         if said:
             break
         if words[:2] == ["link", "add"]:
-            new.update([words[2]] + [words[at + 2] for at, word in enumerate(words) if words[at:at + 2] == ["peer", "name"]])
+            new.add(words[2])
+            if "peer" in words:
+                new.add(words[words.index("peer") + 2])
         good.append(line)
     child = subprocess.Popen([real, "-batch", "-"], stdin=subprocess.PIPE)
     child.communicate("".join(good).encode())

@@ -1,4 +1,4 @@
-"""Tools of many versions: their recorded answers say the same, old ones are helped, too old ones are named. No root."""
+"""Tools of many versions: recorded answers say the same, old ones are helped, too old ones named. No root."""
 
 import glob
 import json
@@ -31,7 +31,7 @@ def recorded(path):
 
 
 def seen(answers, flags, here="lookout"):
-    """What vpcctl sees on a machine whose tools give these answers, and on which the kernel says this of its ports."""
+    """What vpcctl sees where tools give these answers, and the kernel says this of its ports."""
     def call(argv, text=None):
         question = " ".join(argv)
         inside = question.replace("ip ", "ip -n %s " % SPACE)
@@ -51,7 +51,8 @@ def seen(answers, flags, here="lookout"):
 
 def kernel_says(answers):
     """The flags of bridge ports as a newer `ip` reports them."""
-    ports = {link["ifname"]: link["linkinfo"]["info_slave_data"] for link in json.loads(answers["ip -j -d link show"])
+    links = json.loads(answers["ip -j -d link show"])
+    ports = {link["ifname"]: link["linkinfo"]["info_slave_data"] for link in links
              if "info_slave_data" in link.get("linkinfo", {})}
     return {name: {flag: port[flag] for flag in tool.PORT_FLAGS} for name, port in ports.items()}
 
@@ -75,8 +76,7 @@ class RecordedTest(unittest.TestCase):
                     self.assertEqual(undo(found), undo(expected))
 
     def test_the_same_is_seen(self):
-        self.assertEqual(sorted(os.listdir(DATA)), ["iproute2-4.20.txt", "iproute2-5.5.txt", "iproute2-6.1.txt",
-                                                    "iproute2-6.15.txt", "vpc_blog.json", "vpc_shop.json"])
+        self.assertEqual(len(glob.glob(os.path.join(DATA, "iproute2-*.txt"))), 4)
         self.same(DATA)
 
     @unittest.skipUnless(os.path.isdir(MORE), "there are no recordings in ../shared/old-tools")
@@ -84,12 +84,13 @@ class RecordedTest(unittest.TestCase):
         self.same(MORE)
 
     def test_everything_is_there(self):
-        """The records of that host, and what its tools answered: nothing is missing, and nothing is too much."""
+        """The records of that host, and what its tools answered: nothing is missing, nothing is too much."""
         world = {}
         for name in ("blog", "shop"):
             with open(os.path.join(DATA, "vpc_%s.json" % name)) as handle:
                 world[name] = json.load(handle)
-        kinds = ("ns", "ours", "link", "alias", "mac", "up", "master", "port", "fdb", "address", "neighbour", "route", "lookup")
+        kinds = ("ns", "ours", "link", "alias", "mac", "up", "master", "port", "fdb", "address", "neighbour",
+                 "route", "lookup")
         later = {step.fact for step in tool.plan_unrouted()}      # vpcctl makes these since the answers were recorded
         steps = {fact: step for fact, step in tool.plan(world).items() if fact[0] in kinds and fact not in later}
         self.assertEqual({fact[0] for fact in steps}, set(kinds))
@@ -98,12 +99,14 @@ class RecordedTest(unittest.TestCase):
             with self.subTest(os.path.basename(path)):
                 found = seen(recorded(path), flags)
                 self.assertEqual([fact for fact, step in steps.items() if not found.holds(step)], [])
-                self.assertEqual(set(found.owned) - set(steps), {("link", "pv-blog-shop-b")})     # goes with its other end
+                other_end = {("link", "pv-blog-shop-b")}
+                self.assertEqual(set(found.owned) - set(steps), other_end)
 
     def test_a_kernel_without_the_flag(self):
         """What may be missing is not called missing, and said to be so; what must be there is."""
         answers = recorded(os.path.join(DATA, "iproute2-5.5.txt"))
-        found = seen(answers, {name: dict.fromkeys(tool.PORT_FLAGS) for name in ("v-blog-web-b", "pv-blog-shop-a")})
+        found = seen(answers, {name: dict.fromkeys(tool.PORT_FLAGS)
+                               for name in ("v-blog-web-b", "pv-blog-shop-a")})
         step = lambda *fact, optional="": tool.Step(tool.WIRE, fact, "true", optional=optional)
         self.assertTrue(found.holds(step("port", "v-blog-web-b", "locked", True, optional="a pity")))
         self.assertFalse(found.holds(step("port", "pv-blog-shop-a", "bcast_flood", False)))
@@ -123,15 +126,16 @@ class AnswerTest(unittest.TestCase):
     def test_read_all_the_same(self):
         self.assertEqual(self.ask('[{"unreachable","dst":"10.0.0.0/8","flags":[]},{},{"dst":"default"}]'),
                          [{"type": "unreachable", "dst": "10.0.0.0/8", "flags": []}, {"dst": "default"}])
-        self.assertEqual(self.ask('[{"dst":"a","to_tbl":"blackhole"}]'), [{"dst": "a", "action": "blackhole"}])
+        self.assertEqual(self.ask('[{"dst":"a","to_tbl":"blackhole"}]'),
+                         [{"dst": "a", "action": "blackhole"}])
         text = r'[{"dst":"{\"unreachable\",\"to_tbl\":"}]'
         self.assertEqual(self.ask(text), json.loads(text))
         self.assertEqual(self.ask(""), [])
         self.assertEqual(self.ask("[ ]"), [])
 
     def test_what_cannot_be_read(self):
-        for out in ("<html>" + "y" * 100, '[{"dst":"a"', "[7]", '{"dst": 1}', '["text"]', "null", "7", "[" * 100000, "\0",
-                    '[{"other":1}]', '[["dst"]]', "default via 192.0.2.1 dev eth0"):
+        for out in ("<html>" + "y" * 100, '[{"dst":"a"', "[7]", '{"dst": 1}', '["text"]', "null", "7", "\0",
+                    "[" * 100000, '[{"other":1}]', '[["dst"]]', "default via 192.0.2.1 dev eth0"):
             with self.subTest(out[:20]), self.assertRaises(tool.Failure) as caught:
                 self.ask(out)
             self.assertEqual(caught.exception.said, "this is no JSON that can be read: " + out[:80])
@@ -152,15 +156,16 @@ class AgeTest(unittest.TestCase):
 
     def test_too_old(self):
         refusal = 'Option "-j" is unknown, try "ip -help".'
+        ip, inside = ("ip", "-j", "link"), ("ip", "netns", "exec", "x", "iptables", "-N", "x")
         for argv, said, version, text in (
-                (("ip", "-j", "link"), refusal, "ip utility, iproute2-ss170905\n", "`ip` is too old: it is iproute2-ss170905;"),
-                (("bridge", "-j", "fdb"), refusal, "ip utility, iproute2-ss080725", "needs iproute2 4.19 or later"),
-                (("ip", "-j", "route"), tool.NO_JSON + "default", "ip utility, iproute2-ss180129", "iproute2-ss180129"),
-                (("ip", "-n", "x", "link", "set"), 'unknown option "isolated"?', "ip utility, iproute2-ss180813", "ss180813"),
-                (("ip", "-j", "link"), "ip: unrecognized option: j", "BusyBox v1.36.1", "it is no iproute2: BusyBox v1.36.1;"),
+                (ip, refusal, "ip utility, iproute2-ss170905\n", "`ip` is too old: it is iproute2-ss170905;"),
+                (ip, tool.NO_JSON + "default", "ip utility, iproute2-ss180129", "it is iproute2-ss180129;"),
+                (ip, "ip: unrecognized option: j", "BusyBox v1.36.1", "it is no iproute2: BusyBox v1.36.1;"),
+                (("bridge", "-j"), refusal, "ip utility, iproute2-ss080725", "needs iproute2 4.19 or later"),
+                (("ip", "-n", "x", "link"), 'unknown option "isolated"?', "iproute2-ss180813", "ss180813"),
                 (("iptables", "-N", "x"), "iptables-restore: invalid option -- 'w'", "iptables v1.6.1",
                  "`iptables` is too old: it is v1.6.1; vpcctl needs iptables 1.6.2 or later"),
-                (("ip", "netns", "exec", "x", "iptables", "-N", "x"), "unrecognized option", "iptables v1.4.21", "v1.4.21")):
+                (inside, "unrecognized option", "iptables v1.4.21", "v1.4.21")):
             with self.subTest(version):
                 problem, asked = self.problem(said, version, argv)
                 self.assertIn(text, str(problem))
@@ -168,17 +173,20 @@ class AgeTest(unittest.TestCase):
                 self.assertIn("as before", problem.hint)
 
     def test_old_enough_is_another_reason(self):
-        for argv, version in ((("ip", "link"), "ip utility, iproute2-ss181023"), (("ip", "link"), "ip utility, iproute2-ss190107"),
-                              (("ip", "link"), "ip utility, iproute2-5.8.0"), (("ip", "link"), "ip utility, iproute2-6.15.0, libbpf"),
-                              (("iptables", "-N"), "iptables v1.6.2"), (("iptables", "-N"), "iptables v1.8.11 (nf_tables)")):
+        for program, version in (("ip", "iproute2-ss181023"), ("ip", "iproute2-ss190107"),
+                                 ("ip", "iproute2-5.8.0"), ("ip", "ip utility, iproute2-6.15.0, libbpf 1.5.0"), ("iptables", "v1.6.2"),
+                                 ("iptables", "iptables v1.8.11 (nf_tables)")):
+            argv = (program, "link")
             with self.subTest(version):
                 problem, asked = self.problem("unknown option", version, argv)
-                self.assertEqual((problem.code, str(problem)), (3, "`%s` failed: unknown option" % " ".join(argv)))
+                self.assertEqual((problem.code, str(problem)), (3, "`%s link` failed: unknown option" % program))
                 self.assertEqual(len(asked), 1)
 
     def test_not_asked_without_need(self):
-        for argv, said in ((("ip", "link"), "RTNETLINK answers: File exists"), (("mkdir", "-p", "/x"), "unknown option"),
-                           (("sysctl", "-w", "x=1"), "No such file or directory"), (("ip", "link"), "Operation not permitted")):
+        for argv, said in ((("ip", "link"), "RTNETLINK answers: File exists"),
+                           (("mkdir", "-p", "/x"), "unknown option"),
+                           (("sysctl", "-w", "x=1"), "No such file or directory"),
+                           (("ip", "link"), "Operation not permitted")):
             problem, asked = self.problem(said, "ip utility, iproute2-ss170905", argv)
             self.assertEqual((problem.code, asked), (3, []))
 
@@ -207,25 +215,36 @@ class BatchTest(unittest.TestCase):
             return tool.ip_batch([tuple(("ip " + line).split()) for line in lines]), sizes
 
     def test_it_goes_on(self):
-        lines = ["link add a", "link set a up", "link set a alias x", "link add b", "link add c", "link set c up", "link set b up"]
+        lines = ["link add a", "link set a up", "link set a alias x", "link add b", "link add c",
+                 "link set c up", "link set b up"]
         self.assertEqual(self.batch(lines), ((7, ""), [7, 6, 2]))
 
     def test_it_ends(self):
         self.assertEqual(self.batch(["link add a", "link set a up", "link set b up", "link set a up"], {"b"}),
                          ((2, 'Cannot find device "b"\n'), [4, 3, 2]))
         self.assertEqual(self.batch(["link set b up"], {"b"})[0][0], 0)
-        self.assertEqual(self.batch(["link add a", "link set b up"]), ((1, 'Cannot find device "b"\nCommand failed -:1\n'), [2, 1]))
+        self.assertEqual(self.batch(["link add a", "link set b up"]),
+                         ((1, 'Cannot find device "b"\nCommand failed -:1\n'), [2, 1]))
 
     def test_it_is_killed(self):
         done, said = self.batch(["link add a", "link set a up", "link set a up"], killed=2)[0]
         self.assertEqual((done, said), (tool.UNKNOWN, "ended by signal 9"))
+
+    def test_iptables_that_has_read_nothing(self):
+        """Of two tables the first may be done when the second is refused, but not if the tool did not begin."""
+        commands = [("iptables", "-N", "x"), ("iptables", "-t", "nat", "-A", "POSTROUTING", "-j", "x")]
+        for said, done in (("iptables-restore: invalid option -- 'w'", 0), ("unrecognized option '-w'", 0),
+                           ('unknown option "--ctdir"', tool.UNKNOWN), ("line 4 failed", tool.UNKNOWN)):
+            with mock.patch.object(tool, "call", lambda argv, text=None: (1, "", said)):
+                self.assertEqual(tool.iptables_batch(commands), (done, said))
 
     def test_words_that_ip_lacks(self):
         argv = ("ip", "link", "set", "p", "type", "bridge_slave", "locked", "on")
         self.assertEqual(tool.by_netlink(argv, 'bridge_slave: unknown option "locked"?'),
                          ("netlink", "RTM_SETLINK", "p", "locked", "on"))
         self.assertIsNone(tool.by_netlink(argv, "RTNETLINK answers: Operation not supported"))
-        self.assertIsNone(tool.by_netlink(argv[:-2] + ("isolated", "on"), 'bridge_slave: unknown option "isolated"?'))
+        argv = argv[:-2] + ("isolated", "on")
+        self.assertIsNone(tool.by_netlink(argv, 'bridge_slave: unknown option "isolated"?'))
 
 
 if __name__ == "__main__":
