@@ -3876,8 +3876,9 @@ def app_users():
 
 
 def is_app_user(user):
-    """Whether a user id is one that apps get, and no account has it."""
-    return any(first <= user <= last for first, last in APP_USERS) and not is_account(user)
+    """Whether a user id is one that apps get, and no account has it (or the unused one before its range)."""
+    return any(first <= user <= last and not is_account(user) and not is_account(first - 1)
+               for first, last in APP_USERS)
 
 
 def own_user(app):
@@ -4149,8 +4150,8 @@ def kin(app, known):
     """Which of the processes are of an app without a user id of its own -> PIDs: the one that was started,
     those with its tag, and their descendants and sessions. One that has left its parents, its session and its
     environment is not found."""
-    shared = NOBODY if app_users() else os.geteuid()
-    alike = {pid: process for pid, process in known.items() if process.user == shared}
+    user = app.get("user") or (NOBODY if app_users() else os.geteuid())
+    alike = {pid: process for pid, process in known.items() if process.user == user}
     found = {pid for pid in alike if (pid == app["pid"] and is_alive(app)) or tagged(pid, app_tag(app))}
     more = found
     while more:

@@ -233,7 +233,8 @@ class StrangersTest(AppsTest):
 
     def test_an_account_made_later(self):
         """Its programs are not ours to end."""
-        tool, app = load_vpcctl(), deploy("blog", "web", 80, THIEF)
+        tool = load_vpcctl()
+        deploy("blog", "web", 80, THIEF)
         for path, line in (("/etc/passwd", "late:x:%d:%d::/:/bin/sh\n"), ("/etc/subuid", "late:%d:%d\n")):
             with self.subTest(path):
                 app = record("blog")["apps"][0]
@@ -253,10 +254,10 @@ class StrangersTest(AppsTest):
                 run(["mount", "--bind", copy, os.path.realpath(path)])
                 try:
                     wait_until(lambda: runs_as(guest.pid) == app["user"], LONG, "it runs")
-                    os.kill(app["pid"], 9)
-                    wait_until(lambda: not tool.process_start(app["pid"]), LONG, "it has ended")
-                    vpcctl("restore")
+                    vpcctl("stop-app", "blog", "web")
+                    self.assertEqual(tool.process_start(app["pid"]), "")
                     self.assertIsNone(guest.poll())
+                    deploy("blog", "web", 80, THIEF)
                     self.assertNotEqual(record("blog")["apps"][0]["user"], app["user"])
                 finally:
                     run(["umount", os.path.realpath(path)])
