@@ -124,7 +124,7 @@ class OutsideTest(unittest.TestCase):
                 child, pids = self.start("ip netns add left; setsid sleep 300 & sleep 301; true")
                 spaces = {net_of(pid) for pid in pids} - {net_of(os.getpid())} - {""}
                 os.kill(pids[place], signal.SIGKILL)
-                child.wait(timeout=10)
+                child.wait(timeout=30)
                 self.assert_gone(pids, spaces)
 
     def test_signals_are_passed_on(self):
@@ -132,7 +132,7 @@ class OutsideTest(unittest.TestCase):
         spaces = {net_of(pid) for pid in pids} - {net_of(os.getpid())} - {""}
         began = time.time()
         child.send_signal(signal.SIGTERM)
-        self.assertEqual(child.wait(timeout=10), 42)
+        self.assertEqual(child.wait(timeout=30), 42)
         self.assertLess(time.time() - began, 5)
         self.assert_gone(pids, spaces)
 
