@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""Run `make demo` and `make test` on systems made from nothing: python3 tests/distros.py [11 12 13 | SYSTEM...]
+"""Run `make demo` and `make test` on systems made from nothing: python3 tests/distros.py [SYSTEM...]
 
-Each system is what `debootstrap --variant=minbase` makes, with git, make and python3 added and nothing else, in a
-folder of its own under $TMPDIR. The work tree is copied into it as it is, with what is not committed yet. There it
-runs as the root of mount and process namespaces of its own (in a plain chroot, /proc would say outer paths);
-packages come by the machine's own network, and vpcctl runs in its sandboxes only, as always.
+Each system is what `debootstrap --variant=minbase` makes, with git, make and python3 added and nothing else,
+in a folder of its own under $TMPDIR. The work tree is copied into it as it is, uncommitted changes included.
+There it runs as the root of mount and process namespaces of its own (in a plain chroot, /proc would say outer
+paths); packages come by the machine's own network, and vpcctl runs in its sandboxes only, as always.
 
-One line for each system, then the total: `N passed, N failed` (`make demo` counts as one test). The log of one that
-failed is kept. What cannot be had is named and counts as failed. An interrupt ends and removes all that was made.
+One line for each system, then the total: `N passed, N failed` (`make demo` counts as one test). The log of a
+failed one is kept. What cannot be had is named and counts as failed. An interrupt ends and removes all of it.
 """
 
 import argparse
@@ -40,7 +40,7 @@ DEADLINE = 2400                   # seconds for a system, from nothing to the la
 INSIDE = "/root/vpcctl"           # where the work tree lies in a system
 RESULT = "/root/result.json"
 DEVICES = ("null", "zero", "full", "random", "urandom", "tty")
-# what apt must know of the machine's way to a mirror; its other settings may name programs that a system lacks
+# what apt must know of the machine's way to a mirror; other settings may name programs that a system lacks
 APT_SETTINGS = re.compile(r"Acquire::(Check-|Force|Retries|http::(?!Proxy-Auto))")
 
 
@@ -76,7 +76,8 @@ def build(suite, mirror, root):
     """Make the system, move into it, and go on there with its own Python; does not return."""
     hold_on_to_parent()
     must("mount", "--bind", root, root)
-    must("debootstrap", "--variant=minbase", "--include=git,make,python3", suite, root, mirror)
+    if obey("debootstrap", "--variant=minbase", "--include=git,make,python3", suite, root, mirror):
+        sys.exit(obey("tail", root + "/debootstrap/debootstrap.log") or 1)
     if shutil.which("apt-config"):
         settings = subprocess.check_output(["apt-config", "dump", "Acquire"]).decode().splitlines()
         with open(root + "/etc/apt/apt.conf.d/90machine", "w") as conf:
@@ -97,8 +98,9 @@ def mount_system(root):
     for folder in ("proc", "sys"):
         while os.path.ismount(os.path.join(root, folder)):         # debootstrap's
             must("umount", os.path.join(root, folder))
-    for kind, folder, mode in (("proc", "proc", "nosuid"), ("sysfs", "sys", "nosuid"), ("tmpfs", "dev", "mode=755"),
-                               ("tmpfs", "run", "mode=755"), ("tmpfs", "tmp", "mode=1777")):
+    for kind, folder, mode in (("proc", "proc", "nosuid"), ("sysfs", "sys", "nosuid"),
+                               ("tmpfs", "dev", "mode=755"), ("tmpfs", "run", "mode=755"),
+                               ("tmpfs", "tmp", "mode=1777")):
         must("mount", "-t", kind, "-o", mode, kind, os.path.join(root, folder))
     dev = root + "/dev/"
     for name in DEVICES:
@@ -114,9 +116,9 @@ def mount_system(root):
 
 
 def test_inside():
-    """In the system: run what a user would type, and leave the exit codes and the tools' versions in a file."""
+    """In the system: run what a user would type; leave the exit codes and the tools' versions in a file."""
     hold_on_to_parent()
-    result = {"demo": obey("make", "--no-print-directory", "demo"), "test": obey("make", "--no-print-directory", "test")}
+    result = {target: obey("make", "--no-print-directory", target) for target in ("demo", "test")}
     result["tools"] = ", ".join(map(version, (["python3", "-V"], ["ip", "-V"], ["iptables", "-V"])))
     with open(RESULT, "w") as handle:
         json.dump(result, handle)
@@ -143,7 +145,7 @@ class System:
 
 
 def environment():
-    """Return what a system's programs find in their environment: nothing of this machine's but its proxies."""
+    """Return what a system's programs find in their environment: of this machine's only the proxies."""
     kept = {name: value for name, value in os.environ.items() if re.match(r"(https?|no)_proxy$", name, re.I)}
     return dict(kept, PATH="/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", HOME="/root")
 
@@ -162,7 +164,7 @@ def try_system(system, folder):
         except subprocess.TimeoutExpired:
             sink.write(b"\nno end after %d s\n" % DEADLINE)
         finally:
-            child.stdin.close()       # its first process ends, and the kernel with it all others there and the mounts
+            child.stdin.close()       # ends its first process; all others and the mounts go with it
             child.wait()
     judge(system, root, log)
     shutil.rmtree(root)
@@ -174,7 +176,8 @@ def judge(system, root, log):
     with open(log, errors="replace") as handle:
         lines = [line.strip() for line in handle if line.strip()]
     if not os.path.exists(root + INSIDE + "/Makefile"):
-        system.lack = ([line for line in lines if line.startswith("E: ")] or lines)[-1]
+        errors = [line for line in lines if line.startswith("E: ")]
+        system.lack = (errors or lines or ["it ended without a word"])[-1]
         return
     try:
         with open(root + RESULT) as handle:
@@ -240,7 +243,8 @@ def try_all(systems, lack):
 
 def parse():
     """Return the options."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("systems", nargs="*", metavar="SYSTEM",
                         help="some of %s (%s)" % (", ".join(SYSTEMS), " ".join(USUAL)))
     parser.add_argument("--mirror", metavar="URL", help="where the packages are, if not at the usual place")
