@@ -88,6 +88,11 @@ class OutsideTest(unittest.TestCase):
         result = vpcctl("sandbox", "--", "sh", "-c", "cat; echo bad >&2; exit 7", input="good\n", code=7)
         self.assertEqual((result.out, result.err), ("good\n", "bad\n"))
         self.assertEqual(vpcctl("sandbox", "--", "sh", "-c", "kill -TERM $$", ok=False).code, 143)
+        # unshare of util-linux 2.36 lets its children ignore these
+        for name, code in (("TERM", 143), ("INT", 130)):
+            argv = [sys.executable, VPCCTL, "sandbox", "--", "sh", "-c", "kill -%s $$" % name]
+            ignored = run(["sh", "-c", "trap '' TERM INT; exec \"$@\"", "sh"] + argv)
+            self.assertEqual(ignored.code, code, str(ignored))
         missing = vpcctl("sandbox", "--", "no-such-program", code=127)
         self.assertIn("no-such-program", missing.err)
 
