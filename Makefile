@@ -42,7 +42,7 @@ export PATH := $(PATH):/usr/sbin:/sbin
 export PYTHONDONTWRITEBYTECODE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install uninstall check test test-faults bench demo clean packages flag-check
+.PHONY: help install uninstall check test test-faults test-distros bench demo clean packages flag-check
 
 help: ## this list
 	@echo "vpcctl: cloud VPCs on one Linux machine"
@@ -65,7 +65,11 @@ flag-check:
 test-faults: packages ## the tests that inject failures and kills
 	@$(PYTHON) tests/run.py --faults --deadline 2400
 
-bench: packages ## time the commands
+test-distros: ## make demo and make test on Debian 11, 12 and 13, each made from nothing (root; SYSTEMS="11 13")
+	@$(PYTHON) tests/distros.py $(SYSTEMS)
+
+bench: ## time the commands
+	@sh tests/packages.sh --bench
 	@$(PYTHON) tests/bench.py
 
 install: packages ## vpcctl on PATH (packages that are missing, then a symlink in $PREFIX/bin)

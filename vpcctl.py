@@ -5798,8 +5798,9 @@ def sandbox_exec(argv, mask):
     """Become the sandbox's command (in its forked process); never returns."""
     import signal
     signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)     # Python ignores it, and exec would pass that on
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # Python ignores SIGPIPE, unshare of util-linux 2.36 the others, and exec would pass that on
+    for number in (signal.SIGPIPE, signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
     try:
         os.execvp(argv[0], argv)
     except OSError as error:

@@ -145,7 +145,7 @@ def policies(demo):
     """Step 8: the guide's policy, then a strict one."""
     demo.step(8, "security policies")
     demo.check("before: port 22 of the web server is closed by the default policy, port 8000 is not",
-               tcp_open(DB, "10.20.1.2", 22) == "dropped" and tcp_open(DB, "10.20.1.2", 8000) == "refused")
+               tcp_open(DB, "10.20.1.2", 22) == "dropped" and tcp_open(DB, "10.20.1.2", 8000, LONG) == "refused")
     write("database_policy.json", DATABASE_POLICY)
     demo.type("cat database_policy.json")
     demo.type("sudo vpcctl apply-policy blog database_policy.json")

@@ -158,7 +158,7 @@ class ExecTest(SandboxTest):
         self.assertEqual(vpcctl("exec", "blog", "web", "--", "test", "-t", "1", code=1).out, "")
         shell = Terminal([sys.executable, VPCCTL, "shell", "blog", "db"])
         shell.expect(r"\(blog/db\)")
-        shell.type("ip -br address show dev v-blog-db-a; echo $((40 + 2))\n")
+        shell.type("ip -br address show dev v-blog-db-a | cat; echo $((40 + 2))\n")
         shell.expect(r"10\.20\.2\.2/24[\s\S]*\n42")
         shell.type("echo $((6 * 7))x; sleep 50\n")
         shell.expect("42x")
@@ -172,8 +172,7 @@ class ExecTest(SandboxTest):
         self.assertEqual(shell.end()[0], 7)
 
     def test_shell_without_a_terminal(self):
-        self.assertEqual(vpcctl("shell", "blog", "web", input="hostname -I 2>/dev/null | grep -c 10.20.1.2; exit 5\n",
-                                code=5).err.count("Traceback"), 0)
+        self.assertEqual(vpcctl("shell", "blog", "web", input="ip address | grep -c 10.20.1.2/24; exit 5\n", code=5).out, "1\n")
 
     def test_refusals(self):
         self.assertIn("exec blog web -- ip addr", vpcctl("exec", "blog", "web", code=2).err)
@@ -635,7 +634,7 @@ class HelpTest(SandboxTest):
         if shutil.which("groff"):
             done = run(["groff", "-man", "-ww", "-Tutf8"], input=page)
             self.assertEqual((done.code, done.err), (0, ""))
-            self.assertIn("EXIT STATUS", re.sub(".\x08|\x1b\[[0-9;]*m", "", done.out))
+            self.assertIn("EXIT STATUS", re.sub(r".\x08|\x1b\[[0-9;]*m", "", done.out))
         if shutil.which("man"):
             done = run(["man", "--warnings", "-l", self.file("vpcctl.8", page)], env={"MANPAGER": "cat", "LC_ALL": "C.UTF-8"})
             self.assertEqual((done.code, done.err), (0, ""))

@@ -435,22 +435,22 @@ class ForgeryTest(World):
                    ("ip link set %s type bridge_slave learning on" % port, "port %s: isolated" % port),
                    ("bridge fdb del %s dev %s master" % (subnet("blue", "b2")["mac"], port), "port %s: forwarding" % port),
                    ("ip neigh del 10.1.1.2 dev br-blue", "neighbour entry for 10.1.1.2"),
-                   ("sysctl -qw net.ipv4.conf.br-blue.rp_filter=0", "br-blue.rp_filter"),
-                   ("sysctl -qw net.ipv4.conf.br-blue.arp_ignore=0", "br-blue.arp_ignore"),
-                   ("sysctl -qw net.ipv6.conf.br-blue.disable_ipv6=0", "br-blue.disable_ipv6"),
-                   ("sysctl -qw net.ipv4.conf.side10.forwarding=1", "side10.forwarding"),
+                   ("echo 0 >/proc/sys/net/ipv4/conf/br-blue/rp_filter", "br-blue.rp_filter"),
+                   ("echo 0 >/proc/sys/net/ipv4/conf/br-blue/arp_ignore", "br-blue.arp_ignore"),
+                   ("echo 0 >/proc/sys/net/ipv6/conf/br-blue/disable_ipv6", "br-blue.disable_ipv6"),
+                   ("echo 1 >/proc/sys/net/ipv4/conf/side10/forwarding", "side10.forwarding"),
                    (port_command("pv-blue-red-a", "bcast_flood", "on"), "pv-blue-red-a: bcast_flood"),
                    ("iptables -D vpc-src-blue -s 10.1.2.0/24 -m mac --mac-source %s -m comment --comment vpcctl:blue "
                     "-j RETURN" % subnet("blue", "b2")["mac"], "vpc-src-blue 1 -s 10.1.2.0/24"),
                    ("ip route del unreachable 10.3.0.0/16 table 7000", "table 7000: 10.3.0.0/16"),
-                   ("ip netns exec ns-blue-b2 sysctl -qw net.ipv4.conf.all.accept_redirects=1", "accept_redirects"),
+                   ("ip netns exec ns-blue-b2 sh -c 'echo 1 >/proc/sys/net/ipv4/conf/all/accept_redirects'", "accept_redirects"),
                    ("ip netns exec ns-blue-b2 iptables -F INPUT", "ns-blue-b2: policy")]
         if not record("blue").get("unlocked"):
             changes.append((port_command(port, "locked", "off"), "port %s: locked" % port))
         if not os.path.exists("/proc/sys/net/ipv6"):
             changes = [item for item in changes if "ipv6" not in item[0]]
         for do, _ in changes:
-            settle(*(do.split() if isinstance(do, str) else do))
+            settle(*(["sh", "-c", do] if isinstance(do, str) else do))
         found = vpcctl("verify", code=1).out
         for do, text in changes:
             with self.subTest(do):

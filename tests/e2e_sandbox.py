@@ -4,7 +4,7 @@ import os
 import shutil
 import unittest
 
-from support import (INTERNET, SandboxTest, assert_same, entered, http_get, in_ns, internet_pid, ping, run,
+from support import (INTERNET, LONG, SandboxTest, assert_same, entered, http_get, in_ns, internet_pid, ping, run,
                      snapshot, tcp_ask, tcp_listener, tcp_open, udp_answers, udp_listener, vpcctl)
 
 
@@ -114,7 +114,7 @@ class HelpersTest(SandboxTest):
             self.assertEqual(seen, ["10.77.0.2"] * 2)
         self.assertFalse(udp_answers("far", "10.77.0.1", 7))
         with udp_listener("far", 7):
-            self.assertTrue(udp_answers(None, "10.77.0.2", 7))
+            self.assertTrue(udp_answers(None, "10.77.0.2", 7, LONG))
         in_ns("far", ["iptables", "-A", "INPUT", "-j", "DROP"])
         self.assert_dropped(None, "10.77.0.2", 7)
         self.assert_no_ping(None, "10.77.0.2")

@@ -380,8 +380,9 @@ class AgainTest(SandboxTest):
         self.assertEqual(again.out, "The host matches %s already\n" % path)
         assert_same(state, snapshot())
         pid = record("a")["apps"][0]["pid"]
+        os.kill(pid, 9)
         for argv in (["ip", "link", "del", "br-b"], ["iptables", "-F", "FORWARD"], ["ip", "rule", "del", "pref", "7001"],
-                     ["ip", "netns", "exec", "ns-a-db", "iptables", "-F"], ["kill", "-9", str(pid)],
+                     ["ip", "netns", "exec", "ns-a-db", "iptables", "-F"],
                      ["ip", "netns", "del", "ns-b-api"], ["iptables", "-t", "nat", "-F"]):
             self.assertEqual(run(argv).code, 0, argv)
         wait_until(lambda: not os.path.exists("/proc/%d" % pid) or open("/proc/%d/stat" % pid).read().split()[2] == "Z",

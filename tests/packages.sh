@@ -1,6 +1,6 @@
 #!/bin/sh
 # Install what vpcctl needs and this machine lacks, if that may be done; else say what to install.
-# With --ci also what only the continuous integration needs. Does nothing where all is there.
+# With --ci, --distros or --bench also what only that needs. Does nothing where all is there.
 PATH="$PATH:/usr/sbin:/sbin"
 
 have() { command -v "$1" >/dev/null 2>&1; }
@@ -12,15 +12,20 @@ missing() {
     have unshare  || echo "$1" util-linux util-linux
     have mount    || echo "$1" mount util-linux
     have python3  || echo "$1" python3 python3
-    if [ "$1" = ci ]; then
-        have ps   || echo "$1" procps procps-ng
-        have make || echo "$1" make make
-        have nft  || echo "$1" nftables nftables
-    fi
+    case "$1" in
+    ci)
+        have make        || echo "$1" make make
+        have nft         || echo "$1" nftables nftables;;
+    distros)
+        have debootstrap || echo "$1" debootstrap debootstrap
+        have pivot_root  || echo "$1" util-linux util-linux;;
+    bench)
+        have sysctl      || echo "$1" procps procps-ng;;
+    esac
 }
 
-mode=use
-[ "$1" = --ci ] && mode=ci
+mode=${1#--}
+mode=${mode:-use}
 if have apt-get; then column=2; else column=3; fi
 packages=$(missing $mode | cut -d' ' -f$column | sort -u | tr '\n' ' ')
 [ -z "$packages" ] && exit 0
