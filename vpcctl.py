@@ -95,7 +95,7 @@ class Interrupted(Exception):
 
 # The order in which things of different kinds are made; they are taken back the other way round. It also decides how
 # many processes are started: neighbours in this order that one tool can do ride in one batch.
-SPACE, LINK, SYSCTL, WIRE, ROUTE, NEIGHBOUR, ENTRY, INSIDE, FIREWALL, PLUG, FILE = range(11)
+FLOWS, SPACE, LINK, SYSCTL, WIRE, ROUTE, NEIGHBOUR, ENTRY, INSIDE, FIREWALL, PLUG, FILE = range(12)
 
 
 class Step:
@@ -154,10 +154,17 @@ def rule_argv(at, rule, mark, table="filter"):
         "-m", "comment", "--comment", mark)
 
 
-def chain_step(chain, why, holder=None):
+def chain_step(chain, why, table="filter"):
     """A firewall chain of our own; its rules go with it."""
-    return Step(FIREWALL, ("chain", "filter", chain), "iptables -N " + chain,
-                (("iptables", "-F", chain), ("iptables", "-X", chain)), why, holder)
+    tool = ("iptables",) + ("-t", table) * (table != "filter")
+    return Step(FIREWALL, ("chain", table, chain), (tool + ("-N", chain),),
+                (tool + ("-F", chain), tool + ("-X", chain)), why)
+
+
+def flows_step(words, holder=None):
+    """Tracked connections that end with what they ran through: a step with nothing to make. It is taken back
+    last, when nothing new can come. (A successor with these addresses would get the answers to old questions.)"""
+    return Step(FLOWS, ("flows", words), (), "conntrack -D " + words, "open connections end with it", holder)
 
 
 RULE_ALIASES = {"--icmp-type": {"echo-request": "8", "any": "255"}}
@@ -375,9 +382,8 @@ class Failure(Exception):
 
 
 GONE = re.compile(r"Cannot find device|No such (file|process|device)|does not exist|Cannot assign requested address|"
-                  r"Address not found|"
                   r"does a matching rule exist|No chain/target/match|Invalid argument: remove|RULE_DELETE failed|"
-                  r"Cannot remove namespace file|not exist", re.I)
+                  r"Cannot remove namespace file|not exist|Address not found", re.I)
 
 
 def shown(argv):
@@ -737,38 +743,58 @@ def close_folder(path, deep=False):
             raise OSError(errno.EPERM, "it belongs to user %d, not to root: remove it" % found.st_uid, inner)
 
 
-def rtnetlink(kind, flags, body, device=""):
-    """Send the kernel's routing side one message -> its answers, without their headers.
-
-    Raises OSError, of the device, if it refuses.
-    """
-    import socket
+def attribute(kind, value):
+    """A netlink attribute, padded to four bytes."""
     import struct
-    answers = []
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0) as kernel:
-        kernel.send(struct.pack("=IHHII", 16 + len(body), kind, flags, 1, 0) + body)
-        while True:
-            heard, at = kernel.recv(1 << 16), 0
-            while at < len(heard):
-                size, kind = struct.unpack_from("=IH", heard, at)
-                if kind in (2, 3):                # NLMSG_ERROR (0: it is done), NLMSG_DONE
-                    code = -struct.unpack_from("=i", heard, at + 16)[0]
-                    if code:
-                        raise OSError(code, os.strerror(code), device)
-                    return answers
-                answers.append(heard[at + 16:at + size])
-                at += size + 3 & ~3
+    return struct.pack("=HH", 4 + len(value), kind) + value + b"\0" * (-len(value) % 4)
 
 
-def attributes(message, at=0):
-    """The attributes of a netlink message: number -> content."""
+def attributes(data, at=0):
+    """The netlink attributes in some bytes: kind -> value."""
     import struct
     found = {}
-    while at + 4 <= len(message):
-        size, number = struct.unpack_from("=HH", message, at)
-        found[number & 0x3fff] = message[at + 4:at + size]
-        at += size + 3 & ~3
+    while at + 4 <= len(data):
+        size, kind = struct.unpack_from("=HH", data, at)
+        found[kind & 0x3fff] = data[at + 4:at + size]
+        at += max(4, size + 3 & ~3)
     return found
+
+
+ONE, ALL = 0x004, 0x300           # flags of a question: NLM_F_ACK, NLM_F_DUMP
+ROUTING, NETFILTER = 0, 12        # whom: NETLINK_ROUTE (links, neighbours, namespaces), NETLINK_NETFILTER
+
+
+def netlink_socket(family=ROUTING):
+    """A socket to the kernel."""
+    import socket
+    return socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, family)
+
+
+def netlink(kernel, kind, flags, body):
+    """Send the kernel a message and yield its answers, without their heads. OSError if it refuses."""
+    import struct
+    kernel.send(struct.pack("=IHHII", 16 + len(body), kind, 1 | flags, 1, 0) + body)
+    while True:
+        data, at = kernel.recv(1 << 16), 0
+        while at < len(data):
+            size, found = struct.unpack_from("=IH", data, at)
+            if found in (2, 3):                   # NLMSG_ERROR (0: all is well), NLMSG_DONE
+                code = -struct.unpack_from("=i", data, at + 16)[0]
+                if code:
+                    raise OSError(code, os.strerror(code))
+                return
+            yield data[at + 16:at + size]
+            at += size + 3 & ~3
+
+
+def rtnetlink(kind, flags, body, device=""):
+    """Send the kernel's routing side one message -> its answers, without their heads. OSError, of the device, if it
+    refuses."""
+    try:
+        with netlink_socket() as kernel:
+            return list(netlink(kernel, kind, flags, body))
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, device) from None
 
 
 def _neighbour(table, verb, target, *words):
@@ -779,16 +805,15 @@ def _neighbour(table, verb, target, *words):
     named = dict(zip(words[::2], words[1::2]))
     if table == "neigh":
         family, state, flags = socket.AF_INET, 0x80, 0                        # NUD_PERMANENT
-        facts = struct.pack("=HH4s", 8, 1, socket.inet_aton(target))          # NDA_DST
+        more = attribute(1, socket.inet_aton(target))                         # NDA_DST
     else:
-        family, state, flags, facts = AF_BRIDGE, 0x40, 0x04, b""              # NUD_NOARP, NTF_MASTER
+        family, state, flags, more = AF_BRIDGE, 0x40, 0x04, b""              # NUD_NOARP, NTF_MASTER
         named["lladdr"] = target
     if "lladdr" in named:
-        mac = bytes.fromhex(named["lladdr"].replace(":", ""))
-        facts += struct.pack("=HH6sxx", 10, 2, mac)                           # NDA_LLADDR
-    kind, how = (28, 0x505) if verb == "replace" else (29, 0x005)             # RTM_NEWNEIGH, RTM_DELNEIGH
-    number = socket.if_nametoindex(named["dev"])
-    rtnetlink(kind, how, struct.pack("=BxxxiHBB", family, number, state, flags, 0) + facts, named["dev"])
+        more += attribute(2, bytes.fromhex(named["lladdr"].replace(":", "")))     # NDA_LLADDR
+    body = struct.pack("=BxxxiHBB", family, socket.if_nametoindex(named["dev"]), state, flags, 0) + more
+    kind, how = (28, 0x500 | ONE) if verb == "replace" else (29, ONE)         # RTM_NEWNEIGH, RTM_DELNEIGH
+    rtnetlink(kind, how, body, named["dev"])
 
 
 AF_BRIDGE = 7
@@ -809,7 +834,7 @@ def _set_port(_, port, flag, value):
     import struct
     body = struct.pack("=BxHiII", AF_BRIDGE, 0, socket.if_nametoindex(port), 0, 0)
     body += struct.pack("=HHHHBxxx", 12, 0x8000 | 12, 5, PORT_FLAGS[flag], value == "on")     # IFLA_PROTINFO
-    rtnetlink(19, 0x005, body, port)              # RTM_SETLINK
+    rtnetlink(19, ONE, body, port)                # RTM_SETLINK
     if port_flags().get(port, {}).get(flag) != (value == "on"):
         raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP), port)
 
@@ -818,12 +843,122 @@ def port_flags():
     """Every bridge port's switches: port -> {flag: True, False, or None if this kernel has no such flag}."""
     import struct
     found = {}
-    for answer in rtnetlink(18, 0x301, struct.pack("=BxHiII", AF_BRIDGE, 0, 0, 0, 0)):      # RTM_GETLINK, all
+    for answer in rtnetlink(18, ALL, struct.pack("=BxHiII", AF_BRIDGE, 0, 0, 0, 0)):          # RTM_GETLINK
         told = attributes(answer, 16)
         name, port = told[3].rstrip(b"\0").decode("utf-8", "replace"), attributes(told.get(12, b""))
         found[name] = {flag: bool(port[number][0]) if number in port else None
                        for flag, number in PORT_FLAGS.items()}
     return found
+
+
+IPV4_FLOWS = b"\2\0\0\0"        # struct nfgenmsg: AF_INET, version 0
+
+
+def flow_count():
+    """How many connections the host tracks; None if this kernel cannot end them (it has no ctnetlink)."""
+    import struct
+    try:
+        with netlink_socket(NETFILTER) as kernel:
+            answer = list(netlink(kernel, 0x105, ONE, IPV4_FLOWS))[0]         # IPCTNL_MSG_CT_GET_STATS
+    except OSError:
+        return None
+    return struct.unpack(">I", attributes(answer, 4)[1])[0]
+
+
+def end_flows(commands):
+    """What `conntrack -D …` does for each of the commands, in one look at all tracked connections -> how many
+    were done, error text. Where the kernel cannot, they end by their own time limits; `verify` says so."""
+    if not flow_count():
+        return len(commands), ""                  # a look takes 5 ms even then: it is a walk through a table
+    filters = flow_filters(commands)
+    try:
+        with netlink_socket(NETFILTER) as kernel, netlink_socket(NETFILTER) as second:
+            for entry in netlink(kernel, 0x101, ALL, IPV4_FLOWS):             # IPCTNL_MSG_CT_GET
+                if is_named(entry, filters):
+                    end_flow(second, attributes(entry, 4))
+    except OSError as error:
+        return 0, f"conntrack: {error.strerror}"
+    return len(commands), ""
+
+
+def flow_filters(commands):
+    """What `conntrack -D -s|-r BLOCK …` commands name, so that the number of blocks costs nothing:
+    (which address, how many bits are left out of it) -> what is left of it -> further conditions."""
+    filters = {}
+    for argv in commands:
+        block, more = argv[3], argv[4:]
+        shift = 32 - int(block.split("/")[1])
+        blocks = filters.setdefault((argv[2], shift), {})
+        blocks.setdefault(bounds(block)[0] >> shift, []).append(dict(zip(more[::2], more[1::2] + ("",))))
+    return filters
+
+
+def is_named(entry, filters):
+    """Whether a tracked connection is one that the filters name. The kernel writes the original direction
+    first (CTA_TUPLE_ORIG), then the reply's, and in each the source: most are told by these alone."""
+    import struct
+    reply = 4 + (struct.unpack_from("=H", entry, 4)[0] + 3 & ~3)
+    sources = {"-s": struct.unpack_from(">I", entry, 16)[0],
+               "-r": struct.unpack_from(">I", entry, reply + 12)[0]}
+    for (end, shift), blocks in filters.items():
+        for more in blocks.get(sources[end] >> shift, ()):
+            if not more or is_flow(attributes(entry, 4), more):
+                return True
+    return False
+
+
+def is_flow(flow, named):
+    """Whether a tracked connection fits the further words of a `conntrack` command."""
+    import struct
+    protocol = attributes(attributes(flow[1])[2])                             # CTA_TUPLE_PROTO
+    target, = struct.unpack(">I", attributes(attributes(flow[1])[1])[2])      # CTA_IP_V4_DST
+    low, high = bounds(named.get("-d", "0.0.0.0/0"))
+    status, = struct.unpack(">I", flow[3])                                    # CTA_STATUS: IPS_SRC_NAT
+    return (low <= target <= high and named.get("-p") in (None, {6: "tcp", 17: "udp"}.get(protocol[1][0]))
+            and ("--dport" not in named or protocol.get(3) == struct.pack(">H", int(named["--dport"])))
+            and ("-n" not in named or bool(status & 0x10)))
+
+
+def end_flow(kernel, flow):
+    """End one tracked connection: it is named by its original direction, its id and its zone."""
+    body = IPV4_FLOWS + attribute(1 | 0x8000, flow[1])
+    for kind in (12, 18):
+        body += attribute(kind, flow[kind]) if kind in flow else b""
+    try:
+        list(netlink(kernel, 0x102, ONE, body))                               # IPCTNL_MSG_CT_DELETE
+    except FileNotFoundError:
+        return                                    # it has ended meanwhile
+
+
+def link_mark(kernel, name):
+    """The alias of a network interface; None if there is no such interface."""
+    import errno
+    # IFLA_IFNAME, IFLA_EXT_MASK (no statistics)
+    body = bytes(16) + attribute(3, name.encode() + b"\0") + attribute(29, b"\x08\0\0\0")
+    try:
+        answer = list(netlink(kernel, 18, ONE, body))[0]                      # RTM_GETLINK
+    except OSError as error:
+        if error.errno == errno.ENODEV:
+            return None
+        raise
+    return attributes(answer, 16).get(20, b"").rstrip(b"\0").decode("utf-8", "replace")     # IFLA_IFALIAS
+
+
+def space_id(kernel, name):
+    """The id of a namespace, -1 if it has none; None if there is no such namespace."""
+    import struct
+    try:
+        handle = os.open(os.path.join(NETNS_DIR, name), os.O_RDONLY | os.O_NONBLOCK)
+    except OSError:
+        return None
+    body = bytes(4) + attribute(3, struct.pack("=i", handle))                 # NETNSA_FD
+    try:
+        answer = list(netlink(kernel, 90, ONE, body))[0]                      # RTM_GETNSID
+    except OSError:
+        return None                               # a file where the namespace was mounted
+    finally:
+        os.close(handle)
+    return struct.unpack("=i", attributes(answer, 4)[1])[0]
 
 
 FILE_WORKS = {"sysctl": _write_sysctl, "tee": _tee, "mkdir": _mkdir, "ln": _symlink, "rm": _unlink,
@@ -838,6 +973,8 @@ def run_lane(kind, commands):
         return iptables_batch(commands)
     if kind == "file":
         return file_batch(commands)
+    if kind == "conntrack":
+        return end_flows(commands)
     return one_call(commands[0])
 
 
@@ -937,15 +1074,16 @@ class Executor:
             self.out = open(os.devnull, "w")
             os.dup2(self.out.fileno(), sys.stdout.fileno())
 
-    def transact(self, removes, makes, then=None):
+    def transact(self, removes, makes, then=None, adopt=()):
         """Take back the steps of `removes`, then make those of `makes`: pairs (old step or None, new step); `then`
-        completes it.
+        completes it. What is there without our mark stays (`adopt`: names that are ours all the same).
 
         If one cannot be made, or a signal comes in between, what this run did is taken back, newest first, and what
         it had removed is put there again. Raises Problem (code 3) or Interrupted then; with `half_done` if the
         machine is now neither as before nor as wanted. A change that removes is finished in spite of a signal.
         """
         makes = sorted(makes, key=lambda pair: pair[1].phase)
+        removes = without_strangers(removes, [new for _, new in makes], adopt)
         try:
             left = self.take_back(removes)
         except Exception as trouble:
@@ -1113,6 +1251,80 @@ class Executor:
             self.out.flush()
         except OSError:
             self.say("")
+
+
+def without_strangers(removes, makes, adopt=()):
+    """The steps of `removes` without what somebody else has put in place of ours, and what is in or on it: that
+    is named and stays. Problem if a step of `makes` would work on such a thing."""
+    marks, going, made = {}, {step.fact for step in removes}, {step.fact for step in makes}
+    for step in removes:
+        if step.fact[0] == "alias":
+            marks[("link", step.fact[1])] = {step.fact[2]}
+        elif step.fact[0] == "rule":
+            marks.setdefault(step.holder, set()).add(comment_of(step.undo[0]))
+    made.update(step.holder for step in makes if step.fact[0] in ("alias", "ours"))     # it gets its mark now
+    held = {step.holder for step in removes + makes if step.holder and step.holder[0] != "chain"} - made
+    tables = parse_rules(saved_rules()) if any(fact[0] == "chain" for fact in going) else {}
+    foreign = strangers([fact for fact in going | held if fact[1] not in adopt], marks, tables)
+    for step in makes if foreign else ():
+        if step.fact in foreign or step.holder in foreign:
+            fact = step.fact if step.fact in foreign else step.holder
+            raise Problem(f"{named(fact)} exists already and is not vpcctl's",
+                          "remove or rename it; vpcctl does not touch what it did not make", 3)
+    for fact in sorted(foreign):
+        say_error(f"note: {named(fact)} is not vpcctl's: left alone")
+    # Routes and connections are no part of the thing: they go all the same.
+    ours = [step for step in removes if step.fact not in foreign
+            and (step.holder not in foreign or step.fact[0] in ("route", "flows"))]
+    return ours + other_rules(ours, tables)
+
+
+def other_rules(steps, tables):
+    """Steps for rules of ours that must go with the steps, though none says so: doubles (of a save that was put
+    in again) and jumps to chains that go (for an edited record, others are planned). No chain goes before."""
+    chains = {step.fact for step in steps if step.fact[0] == "chain"}
+    planned, first, found = {step.fact[:4] for step in steps if step.fact[0] == "rule"}, set(), []
+    for table, (_, rules) in tables.items():
+        for chain, rule in rules:
+            if ("chain", table, chain) in chains or not is_our_comment(comment_of(rule), True):
+                continue
+            fact = ("rule", table, chain, rule_key(rule))
+            if fact in planned and fact not in first:
+                first.add(fact)                   # its own step takes it out
+            elif fact in planned or ("chain", table, target_of(rule)) in chains:
+                found.append(found_rule(table, chain, rule))
+    return found
+
+
+def found_rule(table, chain, rule, more=()):
+    """The step that takes out a rule as it was found; `more`: commands for its doubles."""
+    where = ("-t", table) if table != "filter" else ()
+    return Step(FIREWALL, ("rule", table, chain, rule_key(rule), None), (),
+                (("iptables", *where, "-D", chain, *rule),) + more, holder=("chain", table, chain))
+
+
+def strangers(facts, marks=None, tables=None):
+    """Which of these links, namespaces and chains (in `tables`) are there without our mark. `marks`: fact ->
+    the marks that count, where another VPC's does not. One message to the kernel for each, and no process."""
+    marks, found = marks or {}, set()
+    with netlink_socket() as kernel:
+        for fact in facts:
+            if fact[0] == "link":
+                alias = link_mark(kernel, fact[1])
+                known = alias in marks[fact] if fact in marks else (alias or "").startswith(ALIAS)
+                if alias is not None and not known:
+                    found.add(fact)
+            elif fact[0] == "ns":
+                number = space_id(kernel, fact[1])
+                if number is not None and not is_marked(fact[1], number):
+                    found.add(fact)
+    comments = {}
+    for table, (_, rules) in (tables or {}).items():
+        for chain, rule in rules:
+            comments.setdefault(("chain", table, chain), set()).add(comment_of(rule))
+    # An empty chain is ours by its name: nothing is lost with it.
+    filled = [fact for fact in facts if fact in comments]
+    return found.union(fact for fact in filled if not comments[fact] & marks.get(fact, set()))
 
 
 def take_back_lanes(groups):
@@ -1724,7 +1936,7 @@ class Control:
             if before:
                 before()
             self.run.transact(removes, makes, lambda: self._complete(touched, new, after))
-        except (Problem, Interrupted, OSError) as trouble:
+        except (Problem, Failure, Interrupted, OSError) as trouble:
             if not getattr(trouble, "half_done", False):
                 self._settle_back(touched, old)
             raise
@@ -1940,10 +2152,12 @@ def mending(steps, stale, seen):
     """
     foreign = [step for step in steps.values() if step.fact in seen.foreign]
     if foreign:
-        raise Problem("%s exists already and is not vpcctl's" % " and ".join(describe(step) for step in foreign),
+        names = " and ".join(named(step.fact) for step in foreign)
+        raise Problem(f"{names} exists already and is not vpcctl's",
                       "remove or rename it; vpcctl does not touch what it did not make", 3)
     wanted = {step.key for step in steps.values()}         # the same thing with another content is replaced below
-    removes = [step for step in stale.values() if step.key not in wanted and seen.holds(step, any_content=True)]
+    removes = [step for step in stale.values() if step.key not in wanted
+               and (seen.holds(step, any_content=True) or step.fact in seen.foreign)]
     makes = []
     for step in steps.values():
         if not seen.holds(step):
@@ -1983,7 +2197,8 @@ def plan_switch(vpc):
         conf("ipv4", "forwarding", "1", "the host routes for this switch, and for no other interface"),
         conf("ipv4", "rp_filter", "1", "no sender with an address from elsewhere"),
         conf("ipv4", "arp_ignore", "1", "answer only for addresses of this switch"),
-        conf("ipv4", "send_redirects", "0", "everything goes through the gateway"),
+        # The kernel sends them if either switch says so. Where they come, isolated ports make them moot.
+        conf("ipv4", "send_redirects", "0", "no redirects, unless the host's switch for all sends them"),
         route_step(cidr, bridge, table, "the VPC's own range, in its own routing table", link),
         fence_step(cidr, "no way here for other VPCs"),
         lookup_step(PREF_OWN, bridge, "lookup %d" % table, "what comes from this VPC asks this VPC's table"),
@@ -1994,6 +2209,7 @@ def plan_switch(vpc):
         lookup_step(PREF_IN, "lo", "lookup main", "the host itself may go to the VPC", "to " + cidr),
         # Without it, another program's rules put before ours in FORWARD (Docker's) would let its networks in.
         lookup_step(PREF_SHUT, "", "blackhole", "no other network of the host may", "to " + cidr),
+        flows_step("-s " + cidr), flows_step("-r " + cidr),
     ]
 
 
@@ -2081,6 +2297,8 @@ def plan_subnet(vpc, subnet):
              "what programs in the subnet see in /etc"),
         link_step(space, "hosts", vpc["name"], "names of siblings and peers"),
         link_step(space, "resolv.conf", vpc["name"], "which name server to ask"),
+        flows_step("-s " + subnet["cidr"], ("link", vpc["bridge"])),
+        flows_step("-r " + subnet["cidr"], ("link", vpc["bridge"])),
     ]
 
 
@@ -2202,6 +2420,7 @@ def plan_nat(vpc):
                       "out to the internet", mark=mark, holder=held),
             rule_step(chain, ("-d", block, "-i", uplink, "-o", bridge) + REPLIES + ("-j", "ACCEPT"),
                       "and the answers back", mark=mark, holder=held),
+            flows_step("-s %s -n" % block),
         ]
     # The fence has them, too; here they are asked for whatever the order of the rules in FORWARD.
     return steps + [rule_step("FORWARD", ("-d", block, "-i", bridge, "-j", "DROP"),
@@ -2295,7 +2514,8 @@ def plan_published(vpc, published):
         rule_step(chain, ("-s", address, "-i", bridge, "-o", uplink, "-p", protocol, "--sport", port) + REPLIES
                   + ("-j", "ACCEPT"), "and the answers back", mark=mark, holder=held)]
     return steps + [lookup_step(PREF_OUT, bridge, "lookup main", "the answers' way out",
-                                "from %s ipproto %s sport %s" % (address, protocol, port))]
+                                "from %s ipproto %s sport %s" % (address, protocol, port)),
+                    flows_step("-r %s/32 -p %s --dport %d" % (address, protocol, published["host_port"]))]
 
 
 # -- peering
@@ -2327,8 +2547,9 @@ def plan_peering(a, b, peer):
     for here, there, blocks in ((a, b, of_b), (b, a, of_a)):
         steps += [route_step(block, there["bridge"], here["table"], "the way to the peer's block", ("link", there["bridge"]))
                   for block in blocks]
-        steps.append(rule_step(chain, ("-i", here["bridge"], "-o", there["bridge"], "-j", "DROP"),
-                               "nothing else between the two", place="append", holder=held))
+        steps += [rule_step(chain, ("-i", here["bridge"], "-o", there["bridge"], "-j", "DROP"),
+                            "nothing else between the two", place="append", holder=held),
+                  flows_step("-s %s -d %s" % (here["cidr"], there["cidr"]))]
     # First of all: a sender may pass only with its own address (the chain may be entered from either VPC's side). What
     # is allowed stands behind these two, also when one of them was lost and is put in again.
     steps += [rule_step(chain, ("-i", vpc["bridge"], "-j", vpc["chain_src"]), "senders are who they say they are",
@@ -2492,10 +2713,14 @@ class Seen:
         self.policies = {}                        # namespace -> [(rule as printed, is it ours)]
         self.broken = {}                          # namespace -> why it could not be looked into
         self.stale = set()                        # namespaces and cables that lead nowhere, or elsewhere
+        self.lookups, self.routes = [], {}        # others' routing rules; table -> others' routes in it
+        self.rules = {}                           # (None or namespace, table, chain) -> [(rule, is it ours)]
 
     def holds(self, step, any_content=False):
         """Whether a step's thing is there. With any_content, also if it is there with another content or place."""
         fact = step.fact
+        if fact[0] == "flows":
+            return True                           # whatever of them there is
         if fact[0] == "sysctl":
             return sysctl_value(fact[1]) == fact[2] or (bool(step.optional) and sysctl_value(fact[1]) is None)
         if fact[0] == "port" and step.optional and fact[:3] + (None,) in self.facts:
@@ -2658,9 +2883,10 @@ def see_addresses(seen):
 
 
 def see_routes(seen):
-    """Routing rules and routes that carry our protocol number."""
+    """Routing rules and routes: ours carry our protocol number."""
     for entry in ask("ip", "-j", "-4", "rule", "show", has="priority"):
         if str(entry.get("protocol")) != PROTOCOL:
+            seen.lookups.append(entry)
             continue
         source = entry.get("src", "all")
         selector = "" if source == "all" else "from %s%s" % (source, "/%s" % entry["srclen"] if "srclen" in entry else "")
@@ -2672,9 +2898,12 @@ def see_routes(seen):
         step = lookup_step(str(entry["priority"]), entry.get("iif", "").split(" ")[0], action, "", selector)
         seen.facts.add(step.fact)
         seen.owned[step.fact] = bridge_owner(seen, step.fact[2]), step
-    for entry in ask("ip", "-j", "-4", "route", "show", "table", "all", "proto", PROTOCOL, has="dst"):
+    for entry in ask("ip", "-j", "-4", "route", "show", "table", "all", has="dst"):
         kind = entry.get("type", "")
         table, block = str(entry.get("table", "main")), entry["dst"]
+        if str(entry.get("protocol")) != PROTOCOL:
+            seen.routes.setdefault(table, []).append(entry)
+            continue
         block = block if "/" in block or block == "default" else block + "/32"
         fact = ("route", table, block, "unreachable" if kind == "unreachable" else entry.get("dev", "?"))
         seen.facts.add(fact)
@@ -2744,6 +2973,9 @@ def rule_words(line):
     return [word or re.sub(r"\\(.)", r"\1", quoted, flags=re.S) for quoted, word in found]
 
 
+OUR_CHAIN = re.compile(r"vpc-[A-Za-z0-9_-]{1,24}\Z|vpcctl-guard\Z").match
+
+
 def comment_of(rule):
     """A rule's comment, or an empty string."""
     return rule[rule.index("--comment") + 1] if "--comment" in rule else ""
@@ -2757,6 +2989,7 @@ def see_table(seen, table, chains, rules):
     for chain, policy in chains:
         fact, own = ("chain", table, chain), by_chain.get(chain, [])
         ours = [is_our_comment(comment_of(rule), policy == "-") for rule in own]
+        seen.rules[None, table, chain] = list(zip(own, ours))
         seen.facts.add(fact)
         head = True
         for number, rule in enumerate(own):
@@ -2768,14 +3001,20 @@ def see_table(seen, table, chains, rules):
             if number == len(own) - 1:
                 seen.facts.add(base + ("last",))
             if ours[number]:
-                where = ("-t", table) if table != "filter" else ()
-                seen.owned[base + (None,)] = comment_vpc(comment_of(rule)), Step(
-                    FIREWALL, base + (None,), (), (("iptables", *where, "-D", chain, *rule),), holder=fact)
-        if policy == "-" and own and all(ours):
-            owner = {comment_vpc(comment_of(rule)) for rule in own}
-            seen.owned[fact] = owner.pop() if len(owner) == 1 else None, chain_step(chain, "")
+                vpc, twin = seen.owned.get(base + (None,), (comment_vpc(comment_of(rule)), None))
+                seen.owned[base + (None,)] = vpc, found_rule(table, chain, rule, twin.undo if twin else ())
+        if policy == "-" and all(ours) and (own or is_forgotten(chain, rules)):
+            owner = {comment_vpc(comment_of(rule)) for rule in own} - {None}
+            seen.owned[fact] = owner.pop() if len(owner) == 1 else None, chain_step(chain, "", table)
         elif policy == "-" and own and not any(ours):
             seen.foreign.add(fact)
+
+
+def is_forgotten(chain, rules):
+    """Whether an empty chain is ours: by its name. That is enough, as it does nothing for anybody else who might
+    have made it; no rule but ours may jump to it. (They come from `iptables -F`: ours always hold a rule.)"""
+    jumps = [rule for _, rule in rules if target_of(rule) == chain]
+    return bool(OUR_CHAIN(chain)) and all(is_our_comment(comment_of(rule), True) for rule in jumps)
 
 
 def is_our_comment(comment, in_chain):
@@ -2799,9 +3038,13 @@ def see_inside(seen, subnets):
             asked = f"`{shown(result.argv)}`: " if isinstance(result, Failure) else ""
             seen.broken[space] = asked + str(result)
             continue
-        facts, rules = result
+        facts, tables = result
         seen.facts.update(facts)
-        seen.policies[space] = rules
+        seen.policies[space] = policy_rules(tables)
+        for table, (_, rules) in tables.items():
+            for chain, rule in rules:
+                ours = is_policy_rule(rule)
+                seen.rules.setdefault((space, table, chain), []).append((rule, ours))
         if port in seen.facts and ("inside", space, "card", subnet["veth"] + "-a") not in facts:
             seen.stale.add(port)                  # somebody inside has given the other end another name
 
@@ -2813,7 +3056,7 @@ def policy_meaning(rules):
 
 
 def look_inside(space):
-    """Called in a namespace -> (its facts, its rules: [(words, is it ours)])."""
+    """Called in a namespace -> (its facts, its firewall as parse_rules has it)."""
     facts = {("inside", space, "card", name) for name in host_interfaces()}
     for link in ask("ip", "-j", "-4", "addr", "show", has="ifname"):
         if "UP" in link.get("flags", ()):
@@ -2825,16 +3068,19 @@ def look_inside(space):
         facts.add(("inside", space, "route", route["dst"], route.get("gateway")))
     for key, _, _ in NS_SYSCTLS:
         facts.add(("inside", space, "sysctl", key, sysctl_value(key)))
-    return facts, seen_rules()
+    return facts, parse_rules(saved_rules())
 
 
 def seen_rules():
     """Called in a namespace -> the rules of INPUT and OUTPUT: [((chain, words…), is it of the policy)]."""
-    code, out, said = call(["iptables-save", "-t", "filter"])
-    if code:
-        raise Failure(("iptables-save",), said)
-    found = parse_rules(out).get("filter", ((), ()))[1]
-    return [((chain,) + rule, is_policy_rule(rule)) for chain, rule in found if chain in ("INPUT", "OUTPUT")]
+    return policy_rules(parse_rules(saved_rules()))
+
+
+def policy_rules(tables):
+    """Of a namespace's firewall, the rules of INPUT and OUTPUT: [((chain, words…), is it of the policy)]."""
+    return [((chain,) + rule, is_policy_rule(rule))
+            for chain, rule in tables.get("filter", ((), ()))[1]
+            if chain in ("INPUT", "OUTPUT")]
 
 
 def is_policy_rule(rule):
@@ -2862,7 +3108,14 @@ WORDS = {"ns": "namespace %s", "ours": "mark of namespace %s", "link": "interfac
          "port": "port %s: %s", "fdb": "port %s: forwarding entry for %s", "address": "interface %s: address %s",
          "neighbour": "interface %s: neighbour entry for %s", "route": "route in table %s: %s by %s",
          "sysctl": "kernel switch %s = %s", "policy": "namespace %s: policy rules", "file": "file %s",
-         "symlink": "link %s", "folder": "folder %s", "chain": "firewall table %s: chain %s"}
+         "symlink": "link %s", "folder": "folder %s", "chain": "firewall table %s: chain %s",
+         "flows": "tracked connections: %s"}
+
+
+def named(fact):
+    """A thing in words, if its fact is enough to tell it."""
+    words = WORDS[fact[0]]
+    return words % tuple(fact[1:1 + words.count("%s")])
 
 
 def describe(step):
@@ -2874,8 +3127,7 @@ def describe(step):
         argv = (step.do or step.undo)[0]
         argv = argv[:argv.index("-m")] if "--comment" in argv and argv.index("-m") == len(argv) - 4 else argv
         return "%s: %s" % ("firewall rule" if fact[0] == "rule" else "routing rule", shown(argv))
-    words = WORDS[fact[0]]
-    return words % tuple(fact[1:1 + words.count("%s")])
+    return named(fact)
 
 
 # ------------------------------------------------------------------------------------------------ VPCs
@@ -3191,8 +3443,8 @@ def mend(ctl, names, gone=(), strict=True):
     steps = plan(new, names)
     stale = plan(ctl.world, names)
     stale.update(plan(intended, names))
-    look = lambda inside_too: observe({name: vpc for name, vpc in new.items() if name in names}, inside_too,
-                                      record_names({name: vpc for name, vpc in broken_off.items() if vpc}))
+    adopt = record_names({name: vpc for name, vpc in broken_off.items() if vpc})
+    look = lambda inside_too: observe({name: vpc for name, vpc in new.items() if name in names}, inside_too, adopt)
     seen = look(False)
     if seen.stale:
         ctl.run.transact(leftovers(seen, set(steps) | set(stale)), [])
@@ -3201,7 +3453,7 @@ def mend(ctl, names, gone=(), strict=True):
     stop_programs(ctl, not_staying(names, (ctl.world, intended), new),
                   [step.fact[1] for step in removes if step.fact[0] == "ns"])
     host, _ = parted(makes, new, seen)
-    ctl.run.transact(removes, host)
+    ctl.run.transact(removes, host, adopt=adopt)
     with ctl.run.patience():
         see_inside(seen, [subnet for name in names if name in new for subnet in new[name]["subnets"]])
         if seen.stale:
@@ -4225,6 +4477,8 @@ def stop_programs(ctl, apps, spaces=()):
             ctl.run.echo(("kill", str(app["pid"])), "ends the app on port %d" % app["port"])
     if ctl.dry_run or not (apps or spaces):
         return
+    foreign = strangers([("ns", space) for space in spaces])
+    spaces = [space for space in spaces if ("ns", space) not in foreign]
     found = to_be_stopped(apps, spaces)
     for pid in sorted(found):
         process, app, space = found[pid]
@@ -4840,7 +5094,108 @@ def look_for_drift(ctl):
     findings += [("", "in no record", describe(step)) for step in orphans(ctl, seen)]
     owners = {subnet["ns"]: name for name, vpc in world.items() for subnet in vpc["subnets"]}
     findings += [(owners[space], "cannot look into", f"{space}: {why}") for space, why in seen.broken.items()]
-    return findings, capability_notes(world, seen)
+    foreign = foreign_routing(seen, world) + foreign_rules(seen, world)
+    findings += [(name, "foreign", text) for name, text, harms in foreign if harms]
+    notes = [f"foreign: {name + ': ' if name else ''}{text}" for name, text, harms in foreign if not harms]
+    return findings, notes + capability_notes(world, seen)
+
+
+# -- what others have put in our way: a finding where it takes isolation or a policy away, else a note
+
+def foreign_routing(seen, world):
+    """Others' routes in our tables, and routing rules before ours -> [(VPC or "", text, does it harm)]."""
+    ranges = [bounds(vpc["cidr"]) for vpc in world.values()]
+    tables = {str(vpc["table"]): name for name, vpc in world.items()}
+    if world:
+        tables[FENCE_TABLE] = ""
+    found = [(tables[table], f"route in table {table}: {route_text(entry)}", leads_to(entry, ranges, True))
+             for table in sorted(tables)
+             for entry in seen.routes.get(table, ())]
+    for entry in seen.lookups if world else ():
+        if entry["priority"] > int(PREF_SHUT) or entry.get("table") == "local" or "oif" in entry:
+            continue                              # after ours, for the host's addresses, not for forwarding
+        source = overlap(entry.get("src", "all"), entry.get("srclen", 32), ranges)
+        bridges = [vpc["bridge"] for vpc in world.values()]
+        ours = source and entry.get("iif", bridges[0]).split(" ")[0] in bridges
+        harms = any(leads_to(route, ranges, ours) for route in seen.routes.get(str(entry.get("table")), ()))
+        if (ours or harms) and entry.get("iif") != "lo":
+            found.append(("", f"routing rule before ours: {lookup_text(entry)}",
+                          harms and not CONDITIONS.intersection(entry)))
+    return found
+
+
+# Of a routing rule: it is not asked about every packet.
+CONDITIONS = frozenset(("fwmark", "tos", "dst", "uid_start", "ipproto", "sport", "dport", "not"))
+
+
+def overlap(address, length, ranges):
+    """Whether a block touches one of some ranges (of numbers). "all" and "default" touch each."""
+    if address in ("all", "default"):
+        return True
+    first, last = bounds(address if "/" in address else f"{address}/{length}")
+    return any(first <= high and low <= last for low, high in ranges)
+
+
+def leads_to(route, ranges, default):
+    """Whether a route leads to one of the ranges, or (`default`) anywhere."""
+    if route.get("type", "unicast") not in ("unicast", "local"):
+        return False
+    return default if route["dst"] == "default" else overlap(route["dst"], 32, ranges)
+
+
+def route_text(entry):
+    """A route as `ip route` prints it, short."""
+    words = [entry["type"]] if "type" in entry else []
+    words.append(entry["dst"])
+    for key, word in (("gateway", "via"), ("dev", "dev")):
+        words += [word, entry[key]] if key in entry else []
+    return " ".join(words)
+
+
+def lookup_text(entry):
+    """A routing rule as `ip rule` prints it, short."""
+    words = [str(entry["priority"]) + ":"]
+    for key, length, word in (("src", "srclen", "from"), ("dst", "dstlen", "to"), ("iif", "", "iif"),
+                              ("fwmark", "fwmask", "fwmark"), ("ipproto", "", "ipproto")):
+        if key in entry:
+            words += [word, f"{entry[key]}/{entry[length]}" if length in entry else str(entry[key])]
+    return " ".join(words + [entry.get("action") or f"lookup {entry.get('table')}"])
+
+
+def foreign_rules(seen, world):
+    """Others' firewall rules in our chains and in our namespaces -> [(VPC, text, does it harm)]."""
+    places = {("filter", "vpcctl-guard"): ""}
+    for name, vpc in world.items():
+        chains = [vpc["chain"], vpc["chain_in"], vpc["chain_src"]] + [peer["chain"] for peer in vpc["peers"]]
+        places.update((("filter", chain), name) for chain in chains)
+    spaces = {subnet["ns"]: name for name, vpc in world.items() for subnet in vpc["subnets"]}
+    found = []
+    for (space, table, chain), rules in seen.rules.items():
+        if space is None and (table, chain) not in places or all(ours for _, ours in rules):
+            continue
+        name = places.get((table, chain), "") if space is None else spaces.get(space, "")
+        for number, (rule, ours) in enumerate(rules):
+            if not ours:
+                tool = f"ip netns exec {space} iptables" if space else "iptables"
+                table_words = f" -t {table}" if table != "filter" else ""
+                harms = any(own and target_of(later) == "DROP" for later, own in rules[number + 1:])
+                found.append((name, f"firewall rule: {tool}{table_words} -A {chain} {shown(rule)}",
+                              harms and opens(seen, (space, table), rule)))
+    return found
+
+
+def target_of(rule):
+    """Where a rule sends a packet that it matches: ACCEPT, DROP, a chain…; "" if it only counts."""
+    return next((rule[number + 1] for number, word in enumerate(rule[:-1]) if word in ("-j", "-g")), "")
+
+
+def opens(seen, place, rule, depth=0):
+    """Whether a rule can let a packet past the rules after it: by itself, or by a chain that it jumps to."""
+    target = target_of(rule)
+    if target in ("ACCEPT", "QUEUE", "NFQUEUE") or (target == "RETURN" and not depth) or "-g" in rule:
+        return True
+    return depth < 9 and any(opens(seen, place, inner_rule, depth + 1)
+                             for inner_rule, _ in seen.rules.get(place + (target,), ()))
 
 
 def capability_notes(world, seen):
@@ -4851,6 +5206,9 @@ def capability_notes(world, seen):
     if unlocked:
         notes.append("this kernel cannot lock bridge ports (Linux 5.18 can): a workload of %s could send with a sibling's "
                      "address and hardware address" % ", ".join(unlocked))
+    if flow_count() is None:
+        notes.append("this kernel cannot end tracked connections (no nf_conntrack_netlink): answers to those of "
+                     "a VPC that is gone reach the next one with its range, until they time out")
     if not os.path.exists("/proc/sys/net/bridge/bridge-nf-call-iptables"):
         notes.append("br_netfilter is not loaded: nothing depends on it")
     if not os.path.exists("/proc/sys/net/ipv6/conf"):

@@ -100,8 +100,8 @@ def tamper(fact):
         return None                               # apps stand in it; test_foreign_objects… takes it away
     if kind in words:
         return [words[kind].format(*fact).split()]
-    if kind in ("ours", "alias"):
-        return None                               # the one cannot be taken off; the other has a test of its own
+    if kind in ("ours", "alias", "flows"):
+        return None                               # cannot be taken off; has a test of its own; there are none
     if kind == "sysctl":
         return [set_switch(fact[1], 1 - int(fact[2]))]
     if kind == "port" and fact[2] != "isolated":
@@ -489,7 +489,8 @@ class ForeignTest(FaultTest):
                      "ip link add v-blog-web-a netns ns-blog-web type veth peer name v-blog-web-b",
                      "ip link add pv-blog-shop-a type bridge", "iptables -N vpc-blog",
                      "iptables -A vpc-blog -s 110.20.1.0/24 -j ACCEPT", "iptables -A FORWARD -s 110.20.0.0/16 -j vpc-blog",
-                     "iptables -N vpc-in-blog", "iptables -N vpc-peer-blog-shop",
+                     "iptables -N vpc-in-blog", "iptables -A OUTPUT -d 110.1.1.1 -j vpc-in-blog",
+                     "iptables -N vpc-peer-blog-shop", "iptables -A vpc-peer-blog-shop -d 110.1.1.1 -j DROP",
                      "iptables -A INPUT -s 110.20.1.0/24 -m comment --comment blog -j DROP",
                      "iptables -t nat -A POSTROUTING -s 110.20.0.0/16 -o eth0 -j MASQUERADE",
                      "iptables -t nat -A POSTROUTING -s 10.20.0.0/16 -o eth0 -j MASQUERADE",

@@ -6,6 +6,8 @@ import itertools
 import json
 import os
 import re
+import socket
+import struct
 import sys
 import tempfile
 import time
@@ -548,6 +550,57 @@ class PieceTest(unittest.TestCase):
         answer, texts = self.run_batch(commands)
         self.assertEqual(answer, (151, ""))
         self.assertEqual([line for lines in texts for line in lines[1:-1]], [" ".join(argv[1:]) for argv in commands])
+
+
+class FlowTest(unittest.TestCase):
+    """Which tracked connections a `conntrack -D` line names, without a kernel."""
+
+    @staticmethod
+    def entry(source, target, replier, protocol=6, port=80, status=0):
+        """A tracked connection as the kernel writes it."""
+        part = lambda kind, *more: tool.attribute(kind | 0x8000, b"".join(more))
+        address = lambda kind, text: tool.attribute(kind, socket.inet_aton(text))
+        ends = lambda kind, one, other: part(
+            kind, part(1, address(1, one), address(2, other)),
+            part(2, tool.attribute(1, bytes([protocol])), tool.attribute(2, struct.pack(">H", 4000)),
+                 tool.attribute(3, struct.pack(">H", port))))
+        return (tool.IPV4_FLOWS + ends(1, source, target) + ends(2, replier, source)
+                + tool.attribute(3, struct.pack(">I", status)))
+
+    def test_which_are_named(self):
+        out = self.entry("10.20.1.2", "9.9.9.9", "9.9.9.9", status=0x10)
+        into = self.entry("9.9.9.9", "192.0.2.2", "10.20.1.2", 17, 8080)
+        peer = self.entry("10.20.1.2", "10.30.1.2", "10.30.1.2")
+        for words, named in (
+                ("-s 10.20.0.0/16", [out, peer]), ("-s 10.20.1.2/32", [out, peer]), ("-s 10.20.2.0/24", []),
+                ("-r 10.20.0.0/16", [into]), ("-s 10.20.0.0/16 -n", [out]), ("-s 0.0.0.0/0", [out, into, peer]),
+                ("-s 10.20.0.0/16 -d 10.30.0.0/16", [peer]), ("-s 10.30.0.0/16 -d 10.20.0.0/16", []),
+                ("-r 10.20.1.2/32 -p udp --dport 8080", [into]), ("-r 10.20.1.2/32 -p tcp --dport 8080", []),
+                ("-r 10.20.1.2/32 -p udp --dport 8081", [])):
+            filters = tool.flow_filters([("conntrack", "-D") + tuple(words.split())])
+            found = [flow for flow in (out, into, peer) if tool.is_named(flow, filters)]
+            self.assertEqual(found, named, words)
+
+    def test_many_at_once(self):
+        commands = [("conntrack", "-D", "-s", "10.20.%d.0/24" % number) for number in range(200)]
+        filters = tool.flow_filters(commands)
+        self.assertEqual(len(filters), 1)
+        self.assertTrue(tool.is_named(self.entry("10.20.199.9", "9.9.9.9", "9.9.9.9"), filters))
+        self.assertFalse(tool.is_named(self.entry("10.20.200.9", "9.9.9.9", "9.9.9.9"), filters))
+
+    def test_a_kernel_that_cannot(self):
+        with mock.patch.object(tool, "netlink_socket", side_effect=OSError(93, "Protocol not supported")):
+            self.assertEqual(tool.end_flows([("conntrack", "-D", "-s", "10.20.0.0/16")]), (1, ""))
+            self.assertIn("cannot end tracked connections", "".join(tool.capability_notes({}, tool.Seen())))
+        with mock.patch.object(tool, "flow_count", return_value=0):
+            notes = "".join(tool.capability_notes({}, tool.Seen()))
+            self.assertNotIn("cannot end tracked connections", notes)
+
+    def test_a_refusal_is_told(self):
+        with mock.patch.object(tool, "flow_count", return_value=7), mock.patch.object(
+                tool, "netlink", side_effect=OSError(1, "Operation not permitted")):
+            self.assertEqual(tool.end_flows([("conntrack", "-D", "-s", "10.20.0.0/16")]),
+                             (0, "conntrack: Operation not permitted"))
 
 
 class PeeredDifferenceTest(TextTest):
