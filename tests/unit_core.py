@@ -98,10 +98,12 @@ def with_nat(subnets=None, was="0"):
 
 
 def plans():
-    """Every plan by name, as it is to be found in plans.txt."""
+    """Every plan by name, as it is to be found in plans.txt, on a host that is called desk."""
     world, both, nat = blog(), peered(), with_nat()
     vpc = world["blog"]
     published = {"subnet": "web", "host_port": 8080, "port": 80, "protocol": "tcp", "interface": "eth0"}
+    with mock.patch.object(tool.os, "uname", return_value=("Linux", "desk")):
+        named = tool.plan_names(world, vpc)
     return {"a VPC": tool.plan_vpc(vpc),
             "a subnet": tool.plan_subnet(vpc, vpc["subnets"][0]),
             "its default policy": tool.plan_policy(vpc, vpc["subnets"][0]),
@@ -109,7 +111,7 @@ def plans():
             "NAT": tool.plan_nat(nat),
             "the host as a router": tool.plan_forwarding(dict(world, blog=nat), [nat]),
             "a published port": tool.plan_published(vpc, published),
-            "names": tool.plan_names(world, vpc)}
+            "names": named}
 
 
 def plans_as_text():
