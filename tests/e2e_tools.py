@@ -195,7 +195,7 @@ class UselessTest(SandboxTest):
         env = self.stand_in(ODD.replace("WHAT", "route show").replace("ANSWER", "<html>"), "ip")
         self.refused(env, "show table all` failed: this is no JSON that can be read: <html>", 3,
                      "create more --cidr 10.40.0.0/16")
-        self.refused(env, "proto 118` failed: this is no JSON that can be read: <html>", 3, "restore")
+        self.refused(env, "` failed: this is no JSON that can be read: <html>", 3, "restore")
 
 
 if __name__ == "__main__":
