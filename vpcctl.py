@@ -610,11 +610,16 @@ def one_ip_batch(commands):
     return (int(failed.group(1)) - 1 if failed else 0), re.sub(r"Command failed.*\n?", "", said)
 
 
+def by_table(argv):
+    """A command of iptables -> (its table, the words after that)."""
+    return (argv[2], argv[3:]) if argv[1] == "-t" else ("filter", argv[1:])
+
+
 def iptables_restore(commands):
     """Put firewall commands in, as one transaction for each table -> exit code, error text, number of tables."""
     tables = {}
     for argv in commands:
-        table, words = (argv[2], argv[3:]) if argv[1] == "-t" else ("filter", argv[1:])
+        table, words = by_table(argv)
         tables.setdefault(table, []).append(" ".join(quoted(word) for word in words))
     code, _, said = call(["iptables-restore", "-w", "5", "--noflush"], "".join(
         "*%s\n%s\nCOMMIT\n" % (table, "\n".join(lines)) for table, lines in tables.items()))
@@ -1363,9 +1368,23 @@ def take_back_lane(kind, where, group):
     left = []
     for argv in group:
         done, said = run_lane(kind, [argv])
-        if done < 1 and not GONE.search(said):
+        if done < 1 and not is_gone(argv, said):
             left.append("%s: %s" % (shown(argv), said.strip()))
     return left
+
+
+def is_gone(argv, said):
+    """Whether what a command was to remove is not there, by what was said. iptables-restore before 1.8.8 says only
+    that some line failed, so its table is looked at."""
+    if GONE.search(said) or argv[0] != "iptables":
+        return bool(GONE.search(said))
+    table, (verb, chain, *rule) = by_table(argv)
+    try:
+        chains, rules = parse_rules(saved_rules()).get(table, ((), ()))
+    except Failure:
+        return False
+    own = [rule_key(words) for name, words in rules if name == chain]
+    return {"-D": rule_key(rule) not in own, "-F": not own, "-X": chain not in dict(chains)}.get(verb, False)
 
 
 def together(links):

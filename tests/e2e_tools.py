@@ -46,6 +46,8 @@ class FlagTest:
         """Port -> whether it is locked and floods broadcasts, as a new `bridge` says."""
         found = {}
         for link in json.loads(self.real("bridge", "-j", "-d", "link")):
+            if "locked" not in link:
+                self.skipTest("this machine's own bridge is as old, and cannot tell")
             found[link["ifname"]] = (link["locked"], link["bcast_flood"])
         return found
 

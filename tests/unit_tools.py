@@ -247,5 +247,24 @@ class BatchTest(unittest.TestCase):
         self.assertIsNone(tool.by_netlink(argv, 'bridge_slave: unknown option "isolated"?'))
 
 
+class GoneTest(unittest.TestCase):
+    """Whether what was to be removed is gone, where iptables-restore (before 1.8.8) does not say what failed."""
+
+    SAVED = "*filter\n:INPUT ACCEPT [0:0]\n:vpc-a - [0:0]\n-A INPUT -i br-a -j vpc-a\nCOMMIT\n*raw\nCOMMIT\n"
+
+    def test_it_is_looked_at(self):
+        for words, gone in (("-D INPUT -i br-a -j vpc-a", False), ("-D INPUT -j vpc-a -i br-a", False),
+                            ("-D INPUT -i br-b -j vpc-a", True), ("-t raw -D INPUT -i br-a -j vpc-a", True),
+                            ("-F INPUT", False), ("-F vpc-a", True), ("-X vpc-a", False), ("-X vpc-b", True),
+                            ("-A INPUT -j vpc-b", False)):
+            with mock.patch.object(tool, "saved_rules", return_value=self.SAVED):
+                said = tool.is_gone(("iptables",) + tuple(words.split()), "iptables-restore: line 3 failed")
+            self.assertEqual(said, gone, words)
+
+    def test_other_tools_say_it(self):
+        self.assertTrue(tool.is_gone(("ip", "link", "del", "x"), "Cannot find device"))
+        self.assertFalse(tool.is_gone(("ip", "link", "del", "x"), "line 3 failed"))
+
+
 if __name__ == "__main__":
     unittest.main()
