@@ -64,6 +64,7 @@ NOBODY = 65534
 APP_USERS = (2100000001, 2147000000), (60579, 61183)
 UMASK = 0o022                     # others read what we make (apps, `list` without root), and nobody else writes
 LOCK_WAIT, APP_WAIT, STOP_WAIT, LOG_LIMIT, PROBE_SIZE = 60.0, 10.0, 5.0, 1 << 20, 1 << 16
+SETTLE_WAIT = 0.1                 # a server that goes into the background may listen before it does
 TOOL_WAIT = 30.0                  # a tool has this long, and a batch a little more for each line
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,31}\Z")
 PROTOCOLS = ("tcp", "udp", "icmp", "all")     # of a policy's rules; of all others but these three, rules cannot speak
@@ -368,6 +369,35 @@ def word(text):
     except (TypeError, ValueError):               # no text, or half of a surrogate pair
         pass
     raise Problem(f"{told(text)} cannot be an argument or a file's name", "write a text without NUL")
+
+
+def folder(text):
+    """A folder's name, as it is; Problem if it depends on where one is."""
+    if not word(text).startswith("/"):
+        raise Problem(f"the folder is {told(text)}", "write where it is from the top: /srv/site")
+    return text
+
+
+def folder_type(text):
+    """argparse type: a folder for a program to run in."""
+    return _checked(folder, text)
+
+
+def variable(name, value):
+    """A variable for a program -> (name, value); a Problem does not tell the value: it may be a secret."""
+    if not isinstance(name, str) or not whole("[A-Za-z_][A-Za-z0-9_]{0,79}")(name) or name == "VPCCTL_APP":
+        raise Problem(f"{told(name)} is no name for a variable", "take letters, digits and _ (VPCCTL_APP is vpcctl's)")
+    if not isinstance(value, str) or not whole("[^\0\ud800-\udfff]*")(value):
+        raise Problem(f"the value of {name} is no text", "write a text without NUL, in quotes")
+    return name, value
+
+
+def variable_type(text):
+    """argparse type: KEY=VALUE."""
+    name, given, value = text.partition("=")
+    if not given:
+        raise argparse.ArgumentTypeError(f"there is no = behind {told(name)}: write it like KEY=VALUE")
+    return _checked(lambda _: variable(name, value), text)
 
 
 # ------------------------------------------------------------------------------------------------ the executor
@@ -1420,7 +1450,8 @@ RECORD_SHAPE = {
                  "veth": _DEVICE, "mac": _MAC, "policy": dict}],
     "host_iptables": [[str]],
     "apps": [{"subnet": _NAME, "ns": _LABEL, "port": _PORT, "pid": (0, 1 << 31), "cmd": [word], "start": word,
-              "command?": [word], "protocol?": r"udp", "user?": APP_USERS, "log": str}],
+              "command?": [word], "protocol?": r"udp", "user?": APP_USERS, "log": str, "workdir?": folder,
+              "env?": {"id": r"[0-9a-f]{16}", "names": [r"[A-Za-z_][A-Za-z0-9_]{0,79}"]}}],
     "peers": [{"peer_vpc": _NAME, "veth_a": _DEVICE, "veth_b": _DEVICE, "chain": r"[A-Za-z0-9_-]{1,28}",
                "allowed": [bounds], "side": r"[ab]"}],
     "nat?": {"interface": _DEVICE, "subnets?": [_NAME], "dns": [address_number]},
@@ -1815,11 +1846,11 @@ def arg(*flags, **options):
 
 def command(name, example, *arguments, **traits):
     """Register a handler. Its docstring is the help; `example` is parsed by flag-check; changes=True: needs root
-    and the lock; hidden=True: not listed."""
+    and the lock; hidden=True: not listed; `more`: what the help and the manual say beside."""
     def register(handler):
         COMMANDS[name] = {"handler": handler, "example": example.split(), "arguments": arguments,
                           "changes": traits.get("changes", False), "root": traits.get("root", False),
-                          "hidden": traits.get("hidden", False)}
+                          "hidden": traits.get("hidden", False), "more": traits.get("more", "").strip()}
         return handler
     return register
 
@@ -1838,6 +1869,7 @@ class Control:
         self.run = executor or Executor(options.dry_run, options.quiet, options.why)
         self.store = store or Store(data_folder(options.data_dir))
         self._loaded = None
+        self.variables = {}                       # of apps that are to be started, by the number of their file
 
     def say(self, text):
         """Print a line of an answer; --quiet leaves out what only reports progress."""
@@ -1906,7 +1938,7 @@ class Control:
         if self.dry_run:
             return
         self.run.watch_signals()
-        self.store.prepare(" ".join(sys.argv[1:])[:150], self.run.heed)
+        self.store.prepare(" ".join(typed())[:150], self.run.heed)
         self._loaded = None
         if os.path.lexists(RUN_DIR):
             close_folder(RUN_DIR, deep=True)
@@ -1951,13 +1983,14 @@ class Control:
             return
         self.run.heed()
         self._write_intents(touched, new)
+        ran = [(name, app) for name in touched if name in old for app in old[name]["apps"] if is_alive(app)]
         try:
             if before:
                 before()
             self.run.transact(removes, makes, lambda: self._complete(touched, new, after))
         except (Problem, Failure, Interrupted, OSError) as trouble:
             if not getattr(trouble, "half_done", False):
-                self._settle_back(touched, old)
+                self._settle_back(touched, old, ran)
             raise
 
     def _write_intents(self, touched, new):
@@ -1999,15 +2032,14 @@ class Control:
                                     "`vpcctl restore` finishes it", 3))
         self._loaded = (new, {}, self.damaged)
 
-    def _settle_back(self, touched, old):
-        """After a failure that was taken back: no intent is left, and programs that were ended run again."""
+    def _settle_back(self, touched, old, ran):
+        """After a failure that was taken back: no intent is left, and what `ran` before runs again, nothing else."""
         for name in reversed(touched):
             self.store.drop(name, "intent")
-        vpcs = [old[name] for name in touched if name in old]
         try:
             with self.run.patience():
-                if revive_apps(self, vpcs):
-                    self.store.save(vpcs)
+                if revive_apps(self, ran):
+                    self.store.save([old[name] for name in touched if name in old])
         except (Problem, Failure, OSError) as trouble:
             self.note("%s; `vpcctl restore` starts it again" % trouble)
 
@@ -3535,7 +3567,7 @@ def mend_records(ctl, new, names, troubles):
     not start -> (how many were started, how many records changed)."""
     note_lost(ctl, new)
     silent = []
-    started = revive_apps(ctl, [new[name] for name in sorted(names) if name in new], silent)
+    started = revive_apps(ctl, [(name, app) for name in sorted(names) if name in new for app in new[name]["apps"]], silent)
     for name, app, problem in silent:
         if app["start"]:
             troubles.append(problem)
@@ -4065,21 +4097,29 @@ def is_block(peer):
 
 @command("deploy-app", "deploy-app blog web --port 8080", VPC, SUBNET,
          arg("--port", type=port_type, required=True, metavar="PORT", help="where it listens"),
+         arg("--env", action="append", type=variable_type, metavar="KEY=VALUE",
+             help="a variable for the program; may be given again; root alone can read it later"),
+         arg("--workdir", type=folder_type, metavar="FOLDER", help="where it runs (default: a folder of its own)"),
          arg("program", nargs="*", metavar="-- COMMAND…", help="a program of your own (default: a web page)"),
-         changes=True)
+         changes=True, more="""
+How it runs: as a user of its own without any right, in a folder of its own with one page in it (or --workdir),
+with PATH, HOME=/, LANG=C.UTF-8, PYTHONUNBUFFERED=1 and what --env says, and with no input; `vpcctl logs` shows
+what it prints. A program without a / is looked for in PATH. It may stay in the foreground or go into the
+background: whoever listens on the port 10 seconds later at most is the app.""")
 def deploy_app(ctl, args):
     """start a program in a subnet: a small web server, or one of your own"""
     new = ctl.copy()
     vpc = ctl.vpc(args.vpc, new)
     subnet = ctl.subnet(vpc, args.subnet)
-    wanted = new_app(vpc, subnet, args.port, args.program)
+    wanted, variables = new_app(vpc, subnet, args.port, args.program, args.workdir), dict(args.env or ())
     for app in vpc["apps"]:
         if (app["subnet"], app["port"]) == (args.subnet, args.port):
-            if app.get("command") != wanted.get("command"):
-                raise Problem("another program is deployed there on port %d: %s" % (
-                    args.port, shown(app["command"]) if app.get("command") else "the usual web page"),
-                              "`vpcctl stop-app %s %s --port %d` first" % (args.vpc, args.subnet, args.port))
+            other = difference_of_apps(ctl, app, wanted, variables)
+            if other:
+                raise Problem(f"{other} is deployed there on port {args.port}: {program_text(app)}",
+                              f"`vpcctl stop-app {args.vpc} {args.subnet} --port {args.port}` first")
             return already(ctl, [args.vpc], "the app in subnet %s on port %d is there already" % (args.subnet, args.port))
+    give_variables(ctl, wanted, variables)
     vpc["apps"].append(wanted)
     prepare_apps(ctl, [wanted])
     ctl.change(new, after=lambda _: start_apps(ctl, [(args.vpc, wanted)]))
@@ -4087,13 +4127,70 @@ def deploy_app(ctl, args):
         args.subnet, subnet["ns"], args.port, wanted["pid"]))
 
 
-def new_app(vpc, subnet, port, program):
+def new_app(vpc, subnet, port, program, workdir=None):
     """The record of an app that is to be started; `prepare_apps` completes it."""
     app = {"subnet": subnet["name"], "ns": subnet["ns"], "port": port, "pid": 0, "start": "", "cmd": [],
            "log": app_log(subnet["ns"], port)}
-    if program:
-        app["command"] = list(program)
+    app.update({key: value for key, value in (("command", list(program or ())), ("workdir", workdir)) if value})
     return app
+
+
+def program_text(app):
+    """What an app runs, on one line."""
+    folder = f" in {app['workdir']}" if app.get("workdir") else ""
+    names = " with " + ", ".join(app["env"]["names"]) if app.get("env") else ""
+    return (shown(app["command"]) if app.get("command") else "(page)") + folder + names
+
+
+def difference_of_apps(ctl, app, wanted, variables):
+    """What an app that is deployed is, compared with one that is wanted with some variables; empty if it is the same."""
+    if app.get("command") != wanted.get("command"):
+        return "another program"
+    if app.get("workdir") != wanted.get("workdir"):
+        return "a program in another folder"
+    known = variables_of(ctl, app)
+    same = known == variables if known is not None else app["env"]["names"] == sorted(variables)
+    return "" if same else "a program with other variables"
+
+
+# A record can be read by everybody, so it holds the names of an app's variables, and the number of the file with
+# their values: another file for each deployment, so that a failed one leaves the old values as they were.
+
+def give_variables(ctl, app, variables):
+    """Give an app that is to be started its variables: `open_variables` writes them."""
+    if variables:
+        app["env"] = {"id": os.urandom(8).hex(), "names": sorted(variables)}
+        ctl.variables[app["env"]["id"]] = variables
+
+
+def variables_file(app):
+    """The name of the file with an app's variables, or None."""
+    return f"app_{app['ns']}_{app['port']}_{app['env']['id']}.env" if app.get("env") else None
+
+
+def open_variables(ctl, app):
+    """Open what an app reads first: its variables, or nothing -> descriptor. Problem if they are lost."""
+    if not app.get("env"):
+        return os.open(os.devnull, os.O_RDONLY)
+    path, values = os.path.join(ctl.store.folder, variables_file(app)), ctl.variables.get(app["env"]["id"])
+    if values is not None:
+        with os.fdopen(open_private(path, os.O_WRONLY | os.O_TRUNC), "w", encoding="utf-8") as handle:
+            json.dump(values, handle)
+    try:
+        return os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    except OSError as error:
+        raise Problem(f"the variables of the app in subnet {app['subnet']} on port {app['port']} are lost: {path}: "
+                      f"{error.strerror}", "deploy it again with --env", 3) from None
+
+
+def variables_of(ctl, app):
+    """An app's variables; None if we may not look, or if they are lost."""
+    if not app.get("env"):
+        return {}
+    try:
+        return json.loads(read_bytes(os.path.join(ctl.store.folder, variables_file(app))).decode())
+    except (OSError, ValueError):
+        return None
 
 
 def app_log(space, port):
@@ -4183,12 +4280,20 @@ def accounts():
     return found
 
 
+# Variables are set when all rights are given up (`ip` loads what some of them name), and in no process's arguments.
+WITH_VARIABLES = ("import json, os, sys; os.environ.update(json.load(sys.stdin)); "
+                  "sys.excepthook = lambda _, error, at: print(sys.argv[1] + ':', error.strerror); "
+                  "os.dup2(os.open(os.devnull, 0), 0); os.execvp(sys.argv[1], sys.argv[1:])")
+
+
 def app_command(app):
     """The command that starts an app in its namespace: as its user, if it has one, without any capability."""
     user = ()
     if app.get("user"):
         user = ("--reuid=%d" % app["user"], "--regid=%d" % app["user"], "--clear-groups")
     program = tuple(app.get("command") or (app_python(), "-m", "http.server", str(app["port"])))
+    if app.get("env"):
+        program = (app_python(), "-ISc", WITH_VARIABLES) + program
     return ("ip", "netns", "exec", app["ns"], "setpriv") + user + ("--bounding-set=-all", "--inh-caps=-all",
                                                                    "--no-new-privs") + program
 
@@ -4211,23 +4316,14 @@ def start_apps(ctl, apps):
 
     Problem 3, with the last lines of its log, if one does not; all of them are ended then.
     """
-    import time
     children = []
     try:
         for vpc_name, app in apps:
             ctl.run.echo(tuple(app["cmd"]) + ("&",), "a program in the subnet")
             if not ctl.dry_run:
                 children.append((app, spawn_app(ctl, vpc_name, app)))
-        deadline = time.monotonic() + APP_WAIT
+        await_apps(ctl, children)
         for app, child in children:
-            while not (child.poll() is None and app["port"] in listening(str(child.pid))):
-                ctl.run.heed()
-                if child.poll() is not None or time.monotonic() > deadline:
-                    raise silent_app(ctl, app)
-                time.sleep(0.01)
-            app["pid"], app["start"] = child.pid, process_start(child.pid)
-            if app["port"] not in listening(str(child.pid), ("tcp", "tcp6")):
-                app["protocol"] = "udp"           # what `explain` and `graph` say of it
             child.returncode = 0                  # it outlives us on purpose: no warning that it was not waited for
     except BaseException:
         stop_programs(ctl, [app for app, _ in children])
@@ -4240,11 +4336,68 @@ def start_apps(ctl, apps):
         raise
 
 
-def silent_app(ctl, app):
-    """The Problem for a program that does not listen."""
-    path = os.path.join(ctl.store.folder, app["log"])
-    return Problem("the app in subnet %s does not listen on port %d: %s" % (
-        app["subnet"], app["port"], last_lines(path) or "it said nothing"), "is the command right?", 3)
+def await_apps(ctl, children):
+    """Wait until programs listen, and write down who does; children: [(app record, child process)]. Problem 3 if one
+    does not: at once when all that it started has ended."""
+    import time
+    deadline, waiting, seen = time.monotonic() + APP_WAIT, list(children), {}
+    while waiting:
+        for app, child in list(waiting):
+            ended = child.poll() is not None      # asked first: what it has left behind is there by now
+            pid = app["pid"] = found_app(app)
+            now = time.monotonic()
+            if pid and (pid != child.pid or now > seen.setdefault(pid, now) + SETTLE_WAIT):
+                app["start"] = process_start(pid)
+                waiting.remove((app, child))
+                note_listeners(ctl, app)
+            elif not pid and (now > deadline or (ended and not app_processes(app))):
+                raise silent_app(ctl, app, child)
+        ctl.run.heed()
+        time.sleep(0.01)
+
+
+def found_app(app):
+    """Which process of an app that was just started listens on its port -> its PID; 0 if none does yet. The port was
+    free before, so with one user for all apps it is whoever has it: a program that goes into the background may
+    have left its parents, and some overwrite the environment by which it is known."""
+    if not listeners_on(app):
+        return 0                                  # a quick look first: most take a while until they listen
+    user = app.get("user", os.geteuid())
+    found = holders(app, {pid: process for pid, process in processes().items() if process.user == user})
+    return found[0] if found else 0
+
+
+def note_listeners(ctl, app):
+    """When an app listens: by which protocol, and whether others can reach it."""
+    found = listeners_on(app)
+    app.pop("protocol", None)
+    if found and not any(one.kind.startswith("tcp") for one in found):
+        app["protocol"] = "udp"                   # what `explain` and `graph` say of it
+    where = sorted({one.address for one in found})
+    if where and all(is_loopback(address) for address in where):
+        ctl.note(f"the app in subnet {app['subnet']} on port {app['port']} listens on {' and '.join(where)} only: "
+                 "no other subnet reaches it; let it listen on every address (0.0.0.0)")
+
+
+def is_loopback(address):
+    """Whether only programs in the same namespace reach an address."""
+    return address.startswith("127.") or address == "::1"
+
+
+def silent_app(ctl, app, child):
+    """The Problem for a program that does not listen: what it said, and what to do."""
+    said = last_lines(os.path.join(ctl.store.folder, app["log"])) or "it said nothing"
+    left, inside = app_processes(app), set()
+    if left:
+        held = set().union(*map(sockets_of, left))
+        inside = {one.port for one in in_namespace(app["ns"], listeners) if one.inode in held}
+    hint = "is the command right?"
+    if inside:
+        hint = f"it listens on {', '.join(map(str, sorted(inside)))} instead: name that with --port"
+    elif left and child.returncode is not None:
+        hint = "it went into the background: its own option to stay in the foreground may tell why " \
+               "(nginx: -g 'daemon off;')"
+    return Problem(f"the app in subnet {app['subnet']} does not listen on port {app['port']}: {said}", hint, 3)
 
 
 def spawn_app(ctl, vpc_name, app):
@@ -4253,14 +4406,19 @@ def spawn_app(ctl, vpc_name, app):
     if app["port"] in in_namespace(app["ns"], listening):
         raise Problem("port %d is in use already in %s" % (app["port"], app["ns"]),
                       "take another --port; `vpcctl exec %s %s -- ss -lnp` shows who" % (vpc_name, app["subnet"]), 3)
-    folder = prepare_page(vpc_name, app)
-    log = open_private(os.path.join(ctl.store.folder, app["log"]), os.O_WRONLY | os.O_TRUNC | os.O_APPEND)
+    folder = app.get("workdir") or prepare_page(vpc_name, app)
+    if not os.path.isdir(folder):
+        raise Problem(f"the app in subnet {app['subnet']} on port {app['port']} is to run in {folder}: "
+                      "there is no such folder", "make it, or deploy the app with another --workdir", 3)
     environment = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/", "LANG": "C.UTF-8",
                    "PYTHONUNBUFFERED": "1", "VPCCTL_APP": app_tag(app)}
+    variables = open_variables(ctl, app)
+    log = open_private(os.path.join(ctl.store.folder, app["log"]), os.O_WRONLY | os.O_TRUNC | os.O_APPEND)
     try:
-        return popen(app["cmd"], stdout=log, stderr=subprocess.STDOUT, cwd=folder, env=environment)
+        return popen(app["cmd"], stdin=variables, stdout=log, stderr=subprocess.STDOUT, cwd=folder, env=environment)
     finally:
         os.close(log)
+        os.close(variables)
 
 
 def prepare_page(vpc_name, app):
@@ -4273,7 +4431,7 @@ def prepare_page(vpc_name, app):
 
 
 def tidy_apps(ctl, names, new, keep_logs=False):
-    """Remove pages and logs of apps of these VPCs that are in no record. What is on the disk counts, rather than what
+    """Remove pages, logs and variables of apps of these VPCs that are in no record. What is on the disk counts, rather than what
     an older record says: so nothing is forgotten if a kill comes in between."""
     for name in names:
         folder = "%s/%s/www" % (RUN_DIR, name)
@@ -4283,11 +4441,11 @@ def tidy_apps(ctl, names, new, keep_logs=False):
                 remove_tree("%s/%s" % (folder, entry))
         if not kept:
             _rmdir(folder)
-    if keep_logs or ctl.damaged:
+    if ctl.damaged:
         return
-    kept = {app["log"] for vpc in new.values() for app in vpc["apps"]}
+    kept = {name for vpc in new.values() for app in vpc["apps"] for name in (app["log"], variables_file(app))}
     for entry in os.listdir(ctl.store.folder):
-        if re.match(r"app_.+\.log\Z", entry) and entry not in kept:
+        if re.match(r"app_.+\.env\Z" if keep_logs else r"app_.+\.(log|env)\Z", entry) and entry not in kept:
             _unlink(os.path.join(ctl.store.folder, entry))
 
 
@@ -4334,17 +4492,19 @@ def listening(table="thread-self", kinds=("tcp", "tcp6", "udp", "udp6")):
     return {found.port for found in listeners(table, kinds)}
 
 
+def sockets_of(pid):
+    """The inodes of the sockets that a process holds; none if it has ended."""
+    look = lambda path: [os.readlink(os.path.join(path, number)) for number in os.listdir(path)]
+    try:
+        return {int(name[8:-1]) for name in by_threads(pid, "fd", look) if name.startswith("socket:[")}
+    except OSError:
+        return set()
+
+
 def socket_owner(inode, space):
     """The short name of the process in a namespace that holds a socket; an empty string if none is found."""
     known = processes()
-    for pid in processes_in([space], known):
-        try:
-            for number in os.listdir(f"/proc/{pid}/fd"):
-                if os.readlink(f"/proc/{pid}/fd/{number}") == f"socket:[{inode}]":
-                    return known[pid].name
-        except OSError:
-            continue                              # it has just ended, or is another user's
-    return ""
+    return next((known[pid].name for pid in processes_in([space], known) if inode in sockets_of(pid)), "")
 
 
 def process_start(pid):
@@ -4358,14 +4518,55 @@ def process_start(pid):
     return "" if ended else "%s/%d" % (boot, int(fields[19]))
 
 
-def is_alive(app):
-    """Whether an app runs: PID, start time, boot and network namespace must all match what was written down."""
+def is_process(app):
+    """Whether the process that was written down runs: PID, start time, boot and network namespace must all match.
+    (Others than root cannot see the namespace.)"""
     if app["pid"] <= 1 or not app["start"] or process_start(app["pid"]) != app["start"]:
         return False
     try:
-        return network_of(app["pid"]) == os.stat(os.path.join(NETNS_DIR, app["ns"])).st_ino
+        return bool(os.geteuid()) or network_of(app["pid"]) == os.stat(os.path.join(NETNS_DIR, app["ns"])).st_ino
     except OSError:
         return False
+
+
+def is_alive(app):
+    """Whether an app runs."""
+    return pid_of(app) > 0
+
+
+def pid_of(app):
+    """The PID of a running app; 0 if it has ended. One that goes into the background may leave to its successor
+    after we have looked, as some servers do when they start anew: that is found by what it holds."""
+    if is_process(app) or not app["start"]:
+        return app["pid"] if app["start"] else 0
+    return next(iter(holders(app, app_processes(app))), 0)
+
+
+def app_processes(app):
+    """All processes that are an app's, wherever they went -> {pid: Process}."""
+    known = processes()
+    if own_user(app):
+        return {pid: process for pid, process in known.items() if process.user == own_user(app)}
+    return {pid: known[pid] for pid in kin(app, known)}
+
+
+def holders(app, known):
+    """Which of these processes have a socket that listens on an app's port, in its namespace -> PIDs, the eldest
+    first. Others than root cannot see whose a socket is: for them, those in whose namespace there is one."""
+    if os.geteuid():
+        found = [pid for pid in known if app["port"] in listening(pid)]
+    else:
+        wanted = {one.inode for one in listeners_on(app)}
+        found = [pid for pid in (processes_in([app["ns"]], known) if wanted else ()) if wanted & sockets_of(pid)]
+    return sorted(found, key=lambda pid: (int(process_start(pid).rpartition("/")[2] or 0), pid))
+
+
+def listeners_on(app):
+    """What listens on an app's port in its namespace -> list of Listeners."""
+    try:
+        return [one for one in in_namespace(app["ns"], listeners) if one.port == app["port"]]
+    except OSError:
+        return []                                 # there is no such namespace
 
 
 def by_threads(pid, name, look):
@@ -4455,7 +4656,7 @@ def kin(app, known):
     environment is not found."""
     user = app.get("user") or (NOBODY if app_users() else os.geteuid())
     alike = {pid: process for pid, process in known.items() if process.user == user}
-    found = {pid for pid in alike if (pid == app["pid"] and is_alive(app)) or tagged(pid, app_tag(app))}
+    found = {pid for pid in alike if (pid == app["pid"] and is_process(app)) or tagged(pid, app_tag(app))}
     more = found
     while more:
         more = {pid for pid, process in alike.items()
@@ -4547,10 +4748,16 @@ def stop_programs(ctl, apps, spaces=()):
         ctl.note("process %d (%s) could not be ended" % (pid, found[pid][0].name))
 
 
-def revive_apps(ctl, vpcs, troubles=None):
-    """Start the apps of these VPCs that are gone -> how many. With `troubles` (a list), one that cannot be started does
-    not stop the others, and (VPC name, app, Problem) goes there."""
-    gone = [(vpc["name"], app) for vpc in vpcs for app in vpc["apps"] if not is_alive(app)]
+def revive_apps(ctl, apps, troubles=None):
+    """Start those of these apps, [(VPC name, app record)], that are gone -> how many. With `troubles` (a list), one that
+    cannot be started does not stop the others, and (VPC name, app, Problem) goes there."""
+    gone = []
+    for name, app in apps:
+        pid = pid_of(app)
+        if not pid:
+            gone.append((name, app))
+        elif pid != app["pid"]:
+            app.update(pid=pid, start=process_start(pid))
     stop_programs(ctl, [app for _, app in gone])  # something may be left, or its PID was never written down
     prepare_apps(ctl, [app for _, app in gone])
     try:
@@ -4702,6 +4909,11 @@ def export(ctl, args):
     peers = [{"vpcs": [name, peer["peer_vpc"]], "allow": peer["allowed"]} for name in names
              for peer in ctl.world[name]["peers"] if peer["side"] == "a" and peer["peer_vpc"] in names]
     ctl.show(json.dumps({"vpcs": vpcs, "peers": peers}, indent=2))
+    for name in names:
+        for app in ctl.world[name]["apps"]:
+            if app.get("env"):
+                ctl.note(f"the app in subnet {name}/{app['subnet']} on port {app['port']} is given without its variables "
+                         f"({', '.join(app['env']['names'])}): an \"env\" in the file sets them")
 
 
 def export_vpc(vpc):
@@ -4729,7 +4941,8 @@ def export_vpc(vpc):
 
 def app_entry(app):
     """An app as in a topology file."""
-    return dict({"port": app["port"]}, **({"cmd": app["command"]} if app.get("command") else {}))
+    entry = {"port": app["port"], "cmd": app.get("command"), "workdir": app.get("workdir")}
+    return {key: value for key, value in entry.items() if value}
 
 
 # What a topology may hold: a check for each key; "!" marks those that must be there.
@@ -4763,11 +4976,23 @@ def _choice(value, place):
     return value
 
 
+def _folder(value, place):
+    with placed(place):
+        return folder(value)
+
+
+def _variables(value, place):
+    if not isinstance(value, dict):
+        raise Problem("%s is not an object" % place, 'write it like {"KEY": "VALUE"}')
+    with placed(place):
+        return dict(variable(*pair) for pair in value.items())
+
+
 TOPOLOGY_SHAPE = {
     "vpcs!": [{"name!": _typed(name_type), "cidr!": _typed(network_type),
                "subnets": [{"name!": _typed(name_type), "cidr!": _typed(network_type), "gw": _typed(address_type),
                             "policy": lambda value, place: check_policy(value, place),
-                            "apps": [{"port!": _port, "cmd": _words}],
+                            "apps": [{"port!": _port, "cmd": _words, "env": _variables, "workdir": _folder}],
                             "publish": [{"host_port!": _port, "port": _port, "protocol": _choice,
                                          "interface": _typed(interface_type)}]}],
                "nat": {"interface": _typed(interface_type), "subnets": [_typed(name_type)]}}],
@@ -4879,12 +5104,19 @@ def set_subnets(ctl, vpc, entry, world, used):
                 subnet = new_subnet(ctl, vpc, given["name"], given["cidr"], given.get("gw"), world, used)
         vpc["subnets"].append(subnet)
         subnet["policy"] = given.get("policy") or duplicate(DEFAULT_POLICY)
-        for app in given.get("apps", ()):
-            known = apps.get((given["name"], app["port"]))
-            fits = known and known.get("command") == app.get("cmd") and known["ns"] == subnet["ns"]
-            vpc["apps"].append(known if fits else new_app(vpc, subnet, app["port"], app.get("cmd") or []))
+        vpc["apps"] += [wanted_app(ctl, vpc, subnet, app, apps.get((given["name"], app["port"])))
+                        for app in given.get("apps", ())]
     for subnet in vpc["subnets"]:
         policy_names(subnet, vpc)
+
+
+def wanted_app(ctl, vpc, subnet, given, known):
+    """The record of a topology's app: that of the one that is deployed, if it is the same."""
+    wanted, variables = new_app(vpc, subnet, given["port"], given.get("cmd"), given.get("workdir")), given.get("env", {})
+    if known and known["ns"] == subnet["ns"] and not difference_of_apps(ctl, known, wanted, variables):
+        return known
+    give_variables(ctl, wanted, variables)
+    return wanted
 
 
 def no_overlap(subnets):
@@ -4995,10 +5227,13 @@ def vpc_lines(before, after):
         vpc["nat"]["subnets"]) if vpc["nat"].get("subnets") is not None else "")
     lines += change_line("nat %s" % name, nat(before), nat(after))
     for kind, key, value in (
-            ("apps", lambda app: (app["subnet"], app["port"]), lambda app: shown(app["command"]) if app.get("command") else "(page)"),
+            ("apps", lambda app: (app["subnet"], app["port"]), program_text),
             ("published", lambda port: (port["subnet"], port["host_port"], port["protocol"]),
              lambda port: "%s/%d by %s" % (port["protocol"], port["port"], port["interface"]))):
         had, have = ({key(item): value(item) for item in vpc[kind]} for vpc in (before, after))
+        for app in after[kind] if kind == "apps" else ():         # another file of variables: other values
+            if had.get(key(app)) == have[key(app)] and app.get("env") not in [old.get("env") for old in before["apps"]]:
+                have[key(app)] += ", other values"
         for item in sorted(set(had) | set(have)):
             lines += change_line("%s %s/%s %d" % ((kind.rstrip("s"), name) + item[:2]), had.get(item), have.get(item))
     return lines
@@ -5030,8 +5265,8 @@ def list_vpcs(ctl, args):
         return ctl.show(json.dumps(rows, indent=2))
     if args.long:
         return print_table(ctl, ("VPC", "RANGE", "STATE", "SUBNETS", "APPS", "PEERS", "NAT", "PUBLISHED"), [
-            (row["name"], row["cidr"], row["state"], len(row["subnets"]), row["apps"], ",".join(row["peers"]) or "-",
-             row["nat"] or "-", ",".join(map(str, row["published"])) or "-") for row in rows])
+            (row["name"], row["cidr"], row["state"], len(row["subnets"]),
+             f"{row['apps_up']} of {row['apps']} up" if row["apps"] else "-", ",".join(row["peers"]) or "-", row["nat"] or "-", ",".join(map(str, row["published"])) or "-") for row in rows])
     if not rows:
         return ctl.say("VPCs: none yet; `vpcctl create blog --cidr 10.20.0.0/16` makes one")
     ctl.say("VPCs:")
@@ -5044,10 +5279,12 @@ def list_row(ctl, name):
     vpc = ctl.world.get(name) or ctl.intents.get(name)
     if name in ctl.damaged or not vpc:
         state = "record unreadable: vpcctl delete --force %s" % name if name in ctl.damaged else "unfinished"
-        return {"name": name, "cidr": "?", "state": state, "subnets": [], "apps": 0, "peers": [], "nat": None, "published": []}
+        return {"name": name, "cidr": "?", "state": state, "subnets": [], "apps": 0, "apps_up": 0, "peers": [], "nat": None,
+                "published": []}
     state = "unfinished: vpcctl restore" if name in ctl.intents else "down: vpcctl restore" if is_down(vpc) else "up"
     return {"name": name, "cidr": vpc["cidr"], "state": state, "subnets": [subnet["name"] for subnet in vpc["subnets"]],
-            "apps": len(vpc["apps"]), "peers": [peer["peer_vpc"] for peer in vpc["peers"]],
+            "apps": len(vpc["apps"]), "apps_up": sum(map(is_alive, vpc["apps"])),
+            "peers": [peer["peer_vpc"] for peer in vpc["peers"]],
             "nat": vpc["nat"]["interface"] if vpc.get("nat") else None,
             "published": [published["host_port"] for published in vpc["published"]]}
 
@@ -5072,14 +5309,149 @@ def paint(text, code):
     return f"{_PAINT}{code}m{text}{_PAINT}0m" if wanted else text
 
 
-@command("inspect", "inspect blog", VPC)
+@command("ps", "ps blog", arg("vpc", nargs="?", type=name_type, metavar="VPC", help="of this VPC (default: of all)", complete="vpc"),
+         arg("--json", action="store_true", help="the same as JSON"))
+def list_apps(ctl, args):
+    """list the apps: what runs, on which addresses it listens, and why another has exited"""
+    vpcs = [ctl.vpc(args.vpc)] if args.vpc else [ctl.world[name] for name in sorted(ctl.world)]
+    for name, why in sorted(ctl.damaged.items()) if not args.vpc else ():
+        ctl.note(f"the record of VPC {name} is unreadable: {why}")
+    apps = [app_state(ctl, vpc["name"], app) for vpc in vpcs for app in vpc["apps"]]
+    if args.json:
+        return ctl.show(json.dumps({"apps": apps}, indent=2))
+    if not apps:
+        return ctl.say("Apps: none yet; `vpcctl deploy-app VPC SUBNET --port 8080` starts one")
+    print_table(ctl, ("VPC", "SUBNET", "PORT", "PROGRAM", "PID", "STATE", "LISTENS ON"), [
+        (app["vpc"], app["subnet"], f"{app['protocol']}/{app['port']}", cut(app["program"]), app["pid"] or "-",
+         app["state"] + (f" since {plain_time(app['since'])}" if app["since"] else ""), listens_text(app)) for app in apps])
+    for app in apps:
+        if app["state"] == "exited":
+            ctl.say(f"{app['vpc']}/{app['subnet']} {app['protocol']}/{app['port']}: {last_word(app)}")
+
+
+def app_state(ctl, vpc_name, app):
+    """What can be known of an app, as `ps --json` prints it: null is what cannot."""
+    import time
+    pid, path = pid_of(app), os.path.join(ctl.store.folder, app["log"])
+    said = written = None
+    try:
+        written = local_time(os.stat(path).st_mtime)
+        said = last_lines(path, 1)
+    except OSError:
+        pass                                      # there is none, or it is root's alone
+    return {"vpc": vpc_name, "subnet": app["subnet"], "port": app["port"], "protocol": app.get("protocol", "tcp"),
+            "program": program_text(app), "pid": pid or None, "state": "running" if pid else "exited",
+            "since": local_time(time.time() - age(pid)) if pid else None,
+            "listens": listen_addresses(app, pid) if pid else [], "log": {"written": written, "last": said}}
+
+
+def local_time(seconds):
+    """A time as ISO 8601 writes it, here."""
+    import time
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(seconds))
+
+
+def plain_time(moment):
+    """The same for people."""
+    return moment[:19].replace("T", " ")
+
+
+def age(pid):
+    """For how many seconds a process has been there."""
+    started = int(process_start(pid).rpartition("/")[2] or 0) / os.sysconf("SC_CLK_TCK")
+    return float(read_bytes("/proc/uptime").split()[0]) - started
+
+
+def listen_addresses(app, pid):
+    """On which addresses an app's port is open; None if we may not look."""
+    try:
+        if os.geteuid():
+            read_bytes(f"/proc/{pid}/net/tcp")
+            found = [one for one in listeners(pid) if one.port == app["port"]]
+        else:
+            found = listeners_on(app)
+    except OSError:
+        return None
+    return sorted({one.address for one in found})
+
+
+def listens_text(app):
+    """Where an app listens, for people."""
+    if app["listens"] is None:
+        return "?"
+    only = " only" if app["listens"] and all(map(is_loopback, app["listens"])) else ""
+    return ", ".join(app["listens"]) + only if app["listens"] else "-" if app["state"] == "exited" else "nothing"
+
+
+def last_word(app):
+    """Why an app has exited, as far as its log tells."""
+    log = app["log"]
+    if log["written"] is None:
+        return "it has no log"
+    told = "is root's alone to read" if log["last"] is None else f"ends with: {log['last']}" if log["last"] else "is empty"
+    return f"its log, last written {plain_time(log['written'])}, {told}"
+
+
+def cut(text, width=40):
+    """A text that fits into a column."""
+    return text if len(text) <= width else text[:width - 1] + "…"
+
+
+@command("inspect", "inspect blog", VPC,
+         arg("subnet", nargs="?", type=name_type, metavar="SUBNET", help="only this one, in words", complete="subnet"),
+         arg("--json", action="store_true", help="a subnet's part of the record, as JSON too"))
 def inspect(ctl, args):
-    """print the record of a VPC, as JSON"""
+    """print the record of a VPC, as JSON, or what is to be known of one subnet"""
     if args.vpc in ctl.intents and args.vpc not in ctl.world:
         raise Problem("VPC %s is unfinished: a change was cut short" % args.vpc, "`vpcctl restore` finishes it")
     vpc = ctl.vpc(args.vpc)
+    if args.subnet:
+        subnet = ctl.subnet(vpc, args.subnet)
+        return ctl.show(json.dumps(subnet_part(vpc, subnet), indent=2)) if args.json else inspect_subnet(ctl, vpc, subnet)
     rules = ",\n    ".join(json.dumps(argv) for argv in vpc["host_iptables"])     # a line each, not a line a word
     ctl.show(json.dumps(dict(vpc, host_iptables="@"), indent=2).replace('"@"', "[\n    %s\n  ]" % rules, 1))
+
+
+def subnet_part(vpc, subnet):
+    """What a VPC's record says of one subnet."""
+    name, nat = subnet["name"], vpc.get("nat")
+    has_nat = nat and (nat.get("subnets") is None or name in nat["subnets"])
+    own = [(peer, [block for block in peer["allowed"] if bounds(block)[0] <= address_number(subnet["host_ip"]) <= bounds(block)[1]])
+           for peer in vpc["peers"]]
+    return {"vpc": vpc["name"], "subnet": subnet, "apps": [app for app in vpc["apps"] if app["subnet"] == name],
+            "published": [published for published in vpc["published"] if published["subnet"] == name],
+            "nat": nat if has_nat else None, "peers": [peer for peer, blocks in own if blocks]}
+
+
+def inspect_subnet(ctl, vpc, subnet):
+    """Print what is to be known of one subnet: a line each, what it is about in front."""
+    part = subnet_part(vpc, subnet)
+    first, last = bounds(vpc["cidr"])
+    rows = [("subnet", f"{vpc['name']}/{subnet['name']}, {subnet['cidr']}"),
+            ("address", f"{subnet['host_ip']}, by way of the gateway {subnet['gw']}"),
+            ("namespace", f"{subnet['ns']}, its cable {subnet['veth']}-a to {subnet['veth']}-b on the bridge {vpc['bridge']}"
+             + ("; down: vpcctl restore" if is_down(vpc) else ""))]
+    rows += [(direction, policy_text(subnet["policy"], direction)) for direction in ("ingress", "egress")]
+    for app in part["apps"]:
+        state = app_state(ctl, vpc["name"], app)
+        rows.append(("app", f"{state['protocol']}/{state['port']} {state['program']}: "
+                     + (f"runs as PID {state['pid']}, listens on {listens_text(state)}" if state["pid"] else
+                        f"exited; {last_word(state)}")))
+    rows += [("published", f"{port['protocol']}/{port['host_port']} of {port['interface']} leads to {port['protocol']}/{port['port']}")
+             for port in part["published"]]
+    rows.append(("NAT", f"by {part['nat']['interface']}" if part["nat"] else "none: the internet is out of reach"))
+    rows += [("peer", f"{peer['peer_vpc']}: " + ", ".join(
+        block for block in peer["allowed"] if not first <= bounds(block)[0] <= last)) for peer in part["peers"]]
+    for what, value in rows:
+        ctl.say(f"{what:<10} {value}")
+
+
+def policy_text(policy, direction):
+    """What a policy says of one direction, in words."""
+    rules = policy.get(direction) or []
+    action, why = policy_default(policy, direction)
+    rest = f"{'everything' if not rules else 'everything else'} is {'dropped' if action == 'deny' else 'let through'} ({why})"
+    return "; ".join([rule_text(rule) for rule in rules] + [rest])
 
 
 @command("verify", "verify", arg("--json", action="store_true", help="the findings as JSON"))
@@ -6561,12 +6933,16 @@ def render_end(hop):
          arg("--format", choices=("tree", "mermaid", "dot", "svg"), default="tree", help="tree (default), mermaid, dot, svg"),
          arg("-o", "--output", type=path_type, metavar="FILE", help="where to write it (default: standard output)", complete="file"))
 def graph(ctl, args):
-    """draw VPCs, subnets, apps, peers, NAT and published ports"""
+    """draw VPCs, subnets, apps, peers, NAT and published ports; what does not run is marked"""
     for name in args.vpcs:
         ctl.vpc(name)
     draw = {"tree": graph_tree, "mermaid": graph_mermaid, "dot": graph_dot, "svg": graph_svg}[args.format]
     more = {"ascii_only": "ok" in mark(True)} if args.format == "tree" else {}
-    text = draw(ctl.world, args.vpcs or sorted(ctl.world), **more)
+    names = args.vpcs or sorted(ctl.world)
+    world = ctl.copy()
+    for app in (app for name in names for app in world[name]["apps"]):
+        app["ended"] = not is_alive(app)
+    text = draw(world, names, **more)
     if not args.output:
         return ctl.show(text.rstrip("\n"))
     if ctl.dry_run:
@@ -6606,7 +6982,8 @@ def graph_parts(world, names):
 def subnet_notes(vpc, subnet):
     """What is to be said of a subnet beside its name and range: apps, published ports, NAT."""
     name, nat = subnet["name"], vpc.get("nat")
-    notes = ["app %s/%d" % (app.get("protocol", "tcp"), app["port"]) for app in vpc.get("apps", []) if app["subnet"] == name]
+    notes = ["app %s/%d%s" % (app.get("protocol", "tcp"), app["port"], " (not running)" * app.get("ended", False))
+             for app in vpc.get("apps", []) if app["subnet"] == name]
     notes += ["%s %s/%d -> %d" % (p.get("interface") or "any", p["protocol"], p["host_port"], p["port"])
               for p in vpc.get("published", []) if p["subnet"] == name]
     if nat and (nat.get("subnets") is None or name in nat["subnets"]):
@@ -6726,7 +7103,7 @@ def svg_box(x, y, width, height, kind, lines):
 
 def svg_subnet(vpc, subnet):
     """The lines of a subnet's card."""
-    notes = [(note, "out" if note.startswith("NAT") else "app") for note in subnet_notes(vpc, subnet)]
+    notes = [(note, "out" if re.match(r"NAT|.*\(not running\)\Z", note) else "app") for note in subnet_notes(vpc, subnet)]
     return [(subnet["name"], ""), (subnet["cidr"], "dim"), (subnet["host_ip"], "dim")] + notes
 
 
@@ -7319,7 +7696,8 @@ def manual(ctl, _args):
     for name, entry in COMMANDS.items():
         if entry["hidden"]:
             continue
-        lines += [".SS " + plain(synopsis(name)), plain((entry["handler"].__doc__ or "").strip()) + ".", ".PP", "Example:",
+        lines += [".SS " + plain(synopsis(name)), plain((entry["handler"].__doc__ or "").strip()) + ".",
+                  plain(entry["more"]) or ".br", ".PP", "Example:",
                   ".B vpcctl " + plain(shown(entry["example"]))]
         for flags, options in entry["arguments"]:
             words = [", ".join(flags) if flags[0].startswith("-") else "", options.get("metavar") or (
@@ -7427,8 +7805,8 @@ def synopsis(name):
     for flags, options in COMMANDS[name]["arguments"]:
         value = options.get("metavar") or "|".join(options.get("choices") or ())
         if not flags[0].startswith("-"):
-            program, many = value.startswith("-- "), options.get("nargs") == "*"
-            words.append((2 * program, "[%s%s]" % (value, "" if program else "…") if many else value))
+            program, many = value.startswith("-- "), options.get("nargs")
+            words.append((2 * program, "[%s%s]" % (value, "…" if many == "*" and not program else "") if many else value))
         else:
             text = flags[0] + (" " + value if value else "")
             words.append((1, text if options.get("required") else "[%s]" % text))
@@ -7459,7 +7837,8 @@ def build_parser(only=None):
         listed = {} if entry["hidden"] else {"help": text}
         own = commands.add_parser(name, allow_abbrev=False, description=text[:1].upper() + text[1:] + ".",
                                   usage="vpcctl " + synopsis(name).replace(name, name + " [OPTIONS]", 1),
-                                  epilog="Example:  vpcctl " + shown(entry["example"]), **listed)
+                                  epilog="\n\n".join(filter(None, (entry["more"], "Example:  vpcctl " + shown(entry["example"])))),
+                                  formatter_class=argparse.RawDescriptionHelpFormatter, **listed)
         own.example = shown(entry["example"])
         add_arguments(own, entry["arguments"])
         own.add_argument("--version", action="version", version="vpcctl " + VERSION)
@@ -7479,7 +7858,7 @@ def named_command(words):
 
 
 # What people are used to type elsewhere.
-HABITS = {"ls": "list", "ps": "list --long", "show": "inspect", "rm": "delete", "remove": "delete", "destroy": "delete",
+HABITS = {"ls": "list", "show": "inspect", "rm": "delete", "remove": "delete", "destroy": "delete",
           "down": "delete", "up": "apply", "status": "verify", "add": "add-subnet", "nat": "enable-nat",
           "policy": "apply-policy", "run": "deploy-app", "ssh": "shell", "ping": "test-connectivity",
           "version": "--version"}
@@ -7568,7 +7947,15 @@ def dispatch(ctl, entry, options):
         outcome += ", signal %d" % stop.args[0]
         raise
     finally:
-        ctl.store.log(shown(sys.argv[1:])[:500] if sys.argv[1:] else "", outcome[:500])
+        ctl.store.log(shown(typed())[:500] if typed() else "", outcome[:500])
+
+
+def typed():
+    """The words of the command line, as others may read them: without the values of variables."""
+    words, end = sys.argv[1:], (sys.argv[1:] + ["--"]).index("--")
+    return [re.sub(r"(?s)\A((?:--env=)?[^=]*=).*", r"\1…", word)
+            if number < end and (word.startswith("--env=") or words[number - 1:number] == ["--env"]) else word
+            for number, word in enumerate(words)]
 
 
 def need_root():
