@@ -4774,11 +4774,11 @@ def revive_apps(ctl, apps, troubles=None):
 
 
 def last_lines(path, count=5):
-    """The last lines of a file, on one line."""
+    """The last lines of a file that say something, on one line."""
     with open(path, "rb") as handle:
         handle.seek(max(0, os.fstat(handle.fileno()).st_size - 2000))
-        lines = handle.read(2000).decode("utf-8", "replace").splitlines()
-    return " | ".join(line.strip() for line in lines[-count:] if line.strip())
+        lines = map(str.strip, handle.read(2000).decode("utf-8", "replace").splitlines())
+    return " | ".join([line for line in lines if line][-count:])
 
 
 @command("stop-app", "stop-app blog web", VPC, SUBNET,
