@@ -3567,7 +3567,8 @@ def mend_records(ctl, new, names, troubles):
     not start -> (how many were started, how many records changed)."""
     note_lost(ctl, new)
     silent = []
-    started = revive_apps(ctl, [(name, app) for name in sorted(names) if name in new for app in new[name]["apps"]], silent)
+    apps = [(name, app) for name in sorted(set(names) & set(new)) for app in new[name]["apps"]]
+    started = revive_apps(ctl, apps, silent)
     for name, app, problem in silent:
         if app["start"]:
             troubles.append(problem)
@@ -4431,8 +4432,8 @@ def prepare_page(vpc_name, app):
 
 
 def tidy_apps(ctl, names, new, keep_logs=False):
-    """Remove pages, logs and variables of apps of these VPCs that are in no record. What is on the disk counts, rather than what
-    an older record says: so nothing is forgotten if a kill comes in between."""
+    """Remove pages, logs and variables of apps of these VPCs that are in no record. What is on the disk counts,
+    rather than what an older record says: so nothing is forgotten if a kill comes in between."""
     for name in names:
         folder = "%s/%s/www" % (RUN_DIR, name)
         kept = {page_folder(name, app) for app in (new.get(name) or {"apps": ()})["apps"]}
@@ -4912,8 +4913,9 @@ def export(ctl, args):
     for name in names:
         for app in ctl.world[name]["apps"]:
             if app.get("env"):
-                ctl.note(f"the app in subnet {name}/{app['subnet']} on port {app['port']} is given without its variables "
-                         f"({', '.join(app['env']['names'])}): an \"env\" in the file sets them")
+                names_of_env = ", ".join(app["env"]["names"])
+                ctl.note(f"the app in subnet {name}/{app['subnet']} on port {app['port']} is given without its "
+                         f"variables ({names_of_env}): an \"env\" in the file sets them")
 
 
 def export_vpc(vpc):
@@ -5266,7 +5268,8 @@ def list_vpcs(ctl, args):
     if args.long:
         return print_table(ctl, ("VPC", "RANGE", "STATE", "SUBNETS", "APPS", "PEERS", "NAT", "PUBLISHED"), [
             (row["name"], row["cidr"], row["state"], len(row["subnets"]),
-             f"{row['apps_up']} of {row['apps']} up" if row["apps"] else "-", ",".join(row["peers"]) or "-", row["nat"] or "-", ",".join(map(str, row["published"])) or "-") for row in rows])
+             f"{row['apps_up']} of {row['apps']} up" if row["apps"] else "-", ",".join(row["peers"]) or "-",
+             row["nat"] or "-", ",".join(map(str, row["published"])) or "-") for row in rows])
     if not rows:
         return ctl.say("VPCs: none yet; `vpcctl create blog --cidr 10.20.0.0/16` makes one")
     ctl.say("VPCs:")
@@ -5279,8 +5282,8 @@ def list_row(ctl, name):
     vpc = ctl.world.get(name) or ctl.intents.get(name)
     if name in ctl.damaged or not vpc:
         state = "record unreadable: vpcctl delete --force %s" % name if name in ctl.damaged else "unfinished"
-        return {"name": name, "cidr": "?", "state": state, "subnets": [], "apps": 0, "apps_up": 0, "peers": [], "nat": None,
-                "published": []}
+        return {"name": name, "cidr": "?", "state": state, "subnets": [], "apps": 0, "apps_up": 0, "peers": [],
+                "nat": None, "published": []}
     state = "unfinished: vpcctl restore" if name in ctl.intents else "down: vpcctl restore" if is_down(vpc) else "up"
     return {"name": name, "cidr": vpc["cidr"], "state": state, "subnets": [subnet["name"] for subnet in vpc["subnets"]],
             "apps": len(vpc["apps"]), "apps_up": sum(map(is_alive, vpc["apps"])),
@@ -5309,7 +5312,8 @@ def paint(text, code):
     return f"{_PAINT}{code}m{text}{_PAINT}0m" if wanted else text
 
 
-@command("ps", "ps blog", arg("vpc", nargs="?", type=name_type, metavar="VPC", help="of this VPC (default: of all)", complete="vpc"),
+@command("ps", "ps blog",
+         arg("vpc", nargs="?", type=name_type, metavar="VPC", help="of this VPC (default: of all)", complete="vpc"),
          arg("--json", action="store_true", help="the same as JSON"))
 def list_apps(ctl, args):
     """list the apps: what runs, on which addresses it listens, and why another has exited"""
@@ -5323,7 +5327,7 @@ def list_apps(ctl, args):
         return ctl.say("Apps: none yet; `vpcctl deploy-app VPC SUBNET --port 8080` starts one")
     print_table(ctl, ("VPC", "SUBNET", "PORT", "PROGRAM", "PID", "STATE", "LISTENS ON"), [
         (app["vpc"], app["subnet"], f"{app['protocol']}/{app['port']}", cut(app["program"]), app["pid"] or "-",
-         app["state"] + (f" since {plain_time(app['since'])}" if app["since"] else ""), listens_text(app)) for app in apps])
+         state_text(app), listens_text(app)) for app in apps])
     for app in apps:
         if app["state"] == "exited":
             ctl.say(f"{app['vpc']}/{app['subnet']} {app['protocol']}/{app['port']}: {last_word(app)}")
@@ -5375,21 +5379,28 @@ def listen_addresses(app, pid):
     return sorted({one.address for one in found})
 
 
+def state_text(app):
+    """Whether an app runs, for people."""
+    return f"{app['state']} since {plain_time(app['since'])}" if app["since"] else app["state"]
+
+
 def listens_text(app):
     """Where an app listens, for people."""
-    if app["listens"] is None:
-        return "?"
-    only = " only" if app["listens"] and all(map(is_loopback, app["listens"])) else ""
-    return ", ".join(app["listens"]) + only if app["listens"] else "-" if app["state"] == "exited" else "nothing"
+    where = app["listens"]
+    if where:
+        return ", ".join(where) + " only" * all(map(is_loopback, where))
+    if app["state"] == "exited":
+        return "-"
+    return "?" if where is None else "nothing"
 
 
 def last_word(app):
     """Why an app has exited, as far as its log tells."""
-    log = app["log"]
-    if log["written"] is None:
+    written, said = app["log"]["written"], app["log"]["last"]
+    if written is None:
         return "it has no log"
-    told = "is root's alone to read" if log["last"] is None else f"ends with: {log['last']}" if log["last"] else "is empty"
-    return f"its log, last written {plain_time(log['written'])}, {told}"
+    told = f"ends with: {said}" if said else {None: "is root's alone to read", "": "is empty"}[said]
+    return f"its log, last written {plain_time(written)}, {told}"
 
 
 def cut(text, width=40):
@@ -5406,52 +5417,58 @@ def inspect(ctl, args):
         raise Problem("VPC %s is unfinished: a change was cut short" % args.vpc, "`vpcctl restore` finishes it")
     vpc = ctl.vpc(args.vpc)
     if args.subnet:
-        subnet = ctl.subnet(vpc, args.subnet)
-        return ctl.show(json.dumps(subnet_part(vpc, subnet), indent=2)) if args.json else inspect_subnet(ctl, vpc, subnet)
+        part = subnet_part(vpc, ctl.subnet(vpc, args.subnet))
+        return ctl.show(json.dumps(part, indent=2)) if args.json else inspect_subnet(ctl, vpc, part)
     rules = ",\n    ".join(json.dumps(argv) for argv in vpc["host_iptables"])     # a line each, not a line a word
     ctl.show(json.dumps(dict(vpc, host_iptables="@"), indent=2).replace('"@"', "[\n    %s\n  ]" % rules, 1))
 
 
+def has_nat(vpc, name):
+    """Whether a subnet reaches the internet by NAT."""
+    nat = vpc.get("nat")
+    return bool(nat) and (nat.get("subnets") is None or name in nat["subnets"])
+
+
 def subnet_part(vpc, subnet):
     """What a VPC's record says of one subnet."""
-    name, nat = subnet["name"], vpc.get("nat")
-    has_nat = nat and (nat.get("subnets") is None or name in nat["subnets"])
-    own = [(peer, [block for block in peer["allowed"] if bounds(block)[0] <= address_number(subnet["host_ip"]) <= bounds(block)[1]])
-           for peer in vpc["peers"]]
+    name, address = subnet["name"], subnet["host_ip"]
     return {"vpc": vpc["name"], "subnet": subnet, "apps": [app for app in vpc["apps"] if app["subnet"] == name],
             "published": [published for published in vpc["published"] if published["subnet"] == name],
-            "nat": nat if has_nat else None, "peers": [peer for peer, blocks in own if blocks]}
+            "nat": vpc["nat"] if has_nat(vpc, name) else None,
+            "peers": [peer for peer in vpc["peers"] if any(ip_inside(address, block) for block in peer["allowed"])]}
 
 
-def inspect_subnet(ctl, vpc, subnet):
+def inspect_subnet(ctl, vpc, part):
     """Print what is to be known of one subnet: a line each, what it is about in front."""
-    part = subnet_part(vpc, subnet)
-    first, last = bounds(vpc["cidr"])
+    subnet, nat = part["subnet"], part["nat"]
+    cable = f"its cable {subnet['veth']}-a to {subnet['veth']}-b on the bridge {vpc['bridge']}"
     rows = [("subnet", f"{vpc['name']}/{subnet['name']}, {subnet['cidr']}"),
             ("address", f"{subnet['host_ip']}, by way of the gateway {subnet['gw']}"),
-            ("namespace", f"{subnet['ns']}, its cable {subnet['veth']}-a to {subnet['veth']}-b on the bridge {vpc['bridge']}"
-             + ("; down: vpcctl restore" if is_down(vpc) else ""))]
+            ("namespace", f"{subnet['ns']}, {cable}{'; down: vpcctl restore' if is_down(vpc) else ''}")]
     rows += [(direction, policy_text(subnet["policy"], direction)) for direction in ("ingress", "egress")]
-    for app in part["apps"]:
-        state = app_state(ctl, vpc["name"], app)
-        rows.append(("app", f"{state['protocol']}/{state['port']} {state['program']}: "
-                     + (f"runs as PID {state['pid']}, listens on {listens_text(state)}" if state["pid"] else
-                        f"exited; {last_word(state)}")))
-    rows += [("published", f"{port['protocol']}/{port['host_port']} of {port['interface']} leads to {port['protocol']}/{port['port']}")
-             for port in part["published"]]
-    rows.append(("NAT", f"by {part['nat']['interface']}" if part["nat"] else "none: the internet is out of reach"))
-    rows += [("peer", f"{peer['peer_vpc']}: " + ", ".join(
-        block for block in peer["allowed"] if not first <= bounds(block)[0] <= last)) for peer in part["peers"]]
+    rows += [("app", app_text(app_state(ctl, vpc["name"], app))) for app in part["apps"]]
+    rows += [("published", f"{port['protocol']}/{port['host_port']} of {port['interface']} leads to "
+              f"{port['protocol']}/{port['port']}") for port in part["published"]]
+    rows.append(("NAT", f"by {nat['interface']}" if nat else "none: the internet is out of reach"))
+    for peer in part["peers"]:
+        far = [block for block in peer["allowed"] if not ip_inside(block.split("/")[0], vpc["cidr"])]
+        rows.append(("peer", f"{peer['peer_vpc']}: {', '.join(far)}"))
     for what, value in rows:
         ctl.say(f"{what:<10} {value}")
+
+
+def app_text(app):
+    """An app on one line: what it runs, and how it goes."""
+    state = f"runs as PID {app['pid']}, listens on {listens_text(app)}" if app["pid"] else f"exited; {last_word(app)}"
+    return f"{app['protocol']}/{app['port']} {app['program']}: {state}"
 
 
 def policy_text(policy, direction):
     """What a policy says of one direction, in words."""
     rules = policy.get(direction) or []
     action, why = policy_default(policy, direction)
-    rest = f"{'everything' if not rules else 'everything else'} is {'dropped' if action == 'deny' else 'let through'} ({why})"
-    return "; ".join([rule_text(rule) for rule in rules] + [rest])
+    fate = "dropped" if action == "deny" else "let through"
+    return "; ".join([rule_text(rule) for rule in rules] + [f"everything{' else' if rules else ''} is {fate} ({why})"])
 
 
 @command("verify", "verify", arg("--json", action="store_true", help="the findings as JSON"))
@@ -6670,11 +6687,12 @@ class Sight(Records):
         if self.root and is_namespace(subnet["ns"]):
             return in_namespace(subnet["ns"], listeners)
         for app in vpc["apps"]:
-            if app["subnet"] == subnet["name"] and self.runs(app):
+            pid = pid_of(app) if app["subnet"] == subnet["name"] else 0
+            if pid:
                 try:
-                    with open(f"/proc/{app['pid']}/net/dev") as table:
+                    with open(f"/proc/{pid}/net/dev") as table:
                         if subnet["veth"] + "-a:" in table.read():
-                            return listeners(app["pid"])
+                            return listeners(pid)
                 except OSError:
                     continue                      # it has just ended, or /proc is closed to others
         return None
@@ -6691,10 +6709,8 @@ class Sight(Records):
         return (socket_owner(listener.inode, subnet["ns"]) if self.root else "") or "a program"
 
     def runs(self, app):
-        """Whether deploy-app's program is there (without root its namespace cannot be compared)."""
-        if self.root:
-            return is_alive(app)
-        return app["pid"] > 1 and process_start(app["pid"]) == app["start"] != ""
+        """Whether deploy-app's program is there."""
+        return is_alive(app)
 
     def takes_ipv4(self, flow, listener):
         """Whether an IPv6 socket takes IPv4 too -> True, False, or None if it cannot be tried. It holds the port of
@@ -6981,13 +6997,13 @@ def graph_parts(world, names):
 
 def subnet_notes(vpc, subnet):
     """What is to be said of a subnet beside its name and range: apps, published ports, NAT."""
-    name, nat = subnet["name"], vpc.get("nat")
+    name = subnet["name"]
     notes = ["app %s/%d%s" % (app.get("protocol", "tcp"), app["port"], " (not running)" * app.get("ended", False))
              for app in vpc.get("apps", []) if app["subnet"] == name]
     notes += ["%s %s/%d -> %d" % (p.get("interface") or "any", p["protocol"], p["host_port"], p["port"])
               for p in vpc.get("published", []) if p["subnet"] == name]
-    if nat and (nat.get("subnets") is None or name in nat["subnets"]):
-        notes.append("NAT by %s" % nat["interface"])
+    if has_nat(vpc, name):
+        notes.append("NAT by %s" % vpc["nat"]["interface"])
     return notes
 
 
@@ -7103,7 +7119,8 @@ def svg_box(x, y, width, height, kind, lines):
 
 def svg_subnet(vpc, subnet):
     """The lines of a subnet's card."""
-    notes = [(note, "out" if re.match(r"NAT|.*\(not running\)\Z", note) else "app") for note in subnet_notes(vpc, subnet)]
+    notes = [(note, "out" if re.match(r"NAT|.*\(not running\)\Z", note) else "app")
+             for note in subnet_notes(vpc, subnet)]
     return [(subnet["name"], ""), (subnet["cidr"], "dim"), (subnet["host_ip"], "dim")] + notes
 
 
@@ -7806,7 +7823,8 @@ def synopsis(name):
         value = options.get("metavar") or "|".join(options.get("choices") or ())
         if not flags[0].startswith("-"):
             program, many = value.startswith("-- "), options.get("nargs")
-            words.append((2 * program, "[%s%s]" % (value, "…" if many == "*" and not program else "") if many else value))
+            value += "…" * (many == "*" and not program)
+            words.append((2 * program, "[%s]" % value if many else value))
         else:
             text = flags[0] + (" " + value if value else "")
             words.append((1, text if options.get("required") else "[%s]" % text))
@@ -7837,7 +7855,7 @@ def build_parser(only=None):
         listed = {} if entry["hidden"] else {"help": text}
         own = commands.add_parser(name, allow_abbrev=False, description=text[:1].upper() + text[1:] + ".",
                                   usage="vpcctl " + synopsis(name).replace(name, name + " [OPTIONS]", 1),
-                                  epilog="\n\n".join(filter(None, (entry["more"], "Example:  vpcctl " + shown(entry["example"])))),
+                                  epilog=(entry["more"] + "\n\nExample:  vpcctl " + shown(entry["example"])).strip(),
                                   formatter_class=argparse.RawDescriptionHelpFormatter, **listed)
         own.example = shown(entry["example"])
         add_arguments(own, entry["arguments"])
