@@ -386,7 +386,8 @@ def folder_type(text):
 def variable(name, value):
     """A variable for a program -> (name, value); a Problem does not tell the value: it may be a secret."""
     if not isinstance(name, str) or not whole("[A-Za-z_][A-Za-z0-9_]{0,79}")(name) or name == "VPCCTL_APP":
-        raise Problem(f"{told(name)} is no name for a variable", "take letters, digits and _ (VPCCTL_APP is vpcctl's)")
+        raise Problem(f"{told(name)} is no name for a variable",
+                      "take letters, digits and _ (VPCCTL_APP is vpcctl's)")
     if not isinstance(value, str) or not whole("[^\0\ud800-\udfff]*")(value):
         raise Problem(f"the value of {name} is no text", "write a text without NUL, in quotes")
     return name, value
@@ -2033,7 +2034,7 @@ class Control:
         self._loaded = (new, {}, self.damaged)
 
     def _settle_back(self, touched, old, ran):
-        """After a failure that was taken back: no intent is left, and what `ran` before runs again, nothing else."""
+        """After a failure that was taken back: no intent is left; what `ran` before runs again, nothing else."""
         for name in reversed(touched):
             self.store.drop(name, "intent")
         try:
@@ -4132,8 +4133,8 @@ def new_app(vpc, subnet, port, program, workdir=None):
     """The record of an app that is to be started; `prepare_apps` completes it."""
     app = {"subnet": subnet["name"], "ns": subnet["ns"], "port": port, "pid": 0, "start": "", "cmd": [],
            "log": app_log(subnet["ns"], port)}
-    app.update({key: value for key, value in (("command", list(program or ())), ("workdir", workdir)) if value})
-    return app
+    given = {"command": list(program or ()), "workdir": workdir}
+    return dict(app, **{key: value for key, value in given.items() if value})
 
 
 def program_text(app):
@@ -4144,7 +4145,7 @@ def program_text(app):
 
 
 def difference_of_apps(ctl, app, wanted, variables):
-    """What an app that is deployed is, compared with one that is wanted with some variables; empty if it is the same."""
+    """What an app that is deployed is, compared with one that is wanted with some variables; empty if the same."""
     if app.get("command") != wanted.get("command"):
         return "another program"
     if app.get("workdir") != wanted.get("workdir"):
@@ -4558,7 +4559,8 @@ def holders(app, known):
         found = [pid for pid in known if app["port"] in listening(pid)]
     else:
         wanted = {one.inode for one in listeners_on(app)}
-        found = [pid for pid in (processes_in([app["ns"]], known) if wanted else ()) if wanted & sockets_of(pid)]
+        inside = processes_in([app["ns"]], known) if wanted else ()
+        found = [pid for pid in inside if wanted & sockets_of(pid)]
     return sorted(found, key=lambda pid: (int(process_start(pid).rpartition("/")[2] or 0), pid))
 
 
@@ -4750,8 +4752,8 @@ def stop_programs(ctl, apps, spaces=()):
 
 
 def revive_apps(ctl, apps, troubles=None):
-    """Start those of these apps, [(VPC name, app record)], that are gone -> how many. With `troubles` (a list), one that
-    cannot be started does not stop the others, and (VPC name, app, Problem) goes there."""
+    """Start those of these apps, [(VPC name, app record)], that are gone -> how many. With `troubles` (a list), one
+    that cannot be started does not stop the others, and (VPC name, app, Problem) goes there."""
     gone = []
     for name, app in apps:
         pid = pid_of(app)
@@ -5114,7 +5116,8 @@ def set_subnets(ctl, vpc, entry, world, used):
 
 def wanted_app(ctl, vpc, subnet, given, known):
     """The record of a topology's app: that of the one that is deployed, if it is the same."""
-    wanted, variables = new_app(vpc, subnet, given["port"], given.get("cmd"), given.get("workdir")), given.get("env", {})
+    wanted = new_app(vpc, subnet, given["port"], given.get("cmd"), given.get("workdir"))
+    variables = given.get("env", {})
     if known and known["ns"] == subnet["ns"] and not difference_of_apps(ctl, known, wanted, variables):
         return known
     give_variables(ctl, wanted, variables)
@@ -5233,8 +5236,9 @@ def vpc_lines(before, after):
             ("published", lambda port: (port["subnet"], port["host_port"], port["protocol"]),
              lambda port: "%s/%d by %s" % (port["protocol"], port["port"], port["interface"]))):
         had, have = ({key(item): value(item) for item in vpc[kind]} for vpc in (before, after))
+        known = [app.get("env") for app in before["apps"]]
         for app in after[kind] if kind == "apps" else ():         # another file of variables: other values
-            if had.get(key(app)) == have[key(app)] and app.get("env") not in [old.get("env") for old in before["apps"]]:
+            if had.get(key(app)) == have[key(app)] and app.get("env") not in known:
                 have[key(app)] += ", other values"
         for item in sorted(set(had) | set(have)):
             lines += change_line("%s %s/%s %d" % ((kind.rstrip("s"), name) + item[:2]), had.get(item), have.get(item))
@@ -6999,7 +7003,8 @@ def subnet_notes(vpc, subnet):
     """What is to be said of a subnet beside its name and range: apps, published ports, NAT."""
     name = subnet["name"]
     notes = ["app %s/%d%s" % (app.get("protocol", "tcp"), app["port"], " (not running)" * app.get("ended", False))
-             for app in vpc.get("apps", []) if app["subnet"] == name]
+             for app in vpc.get("apps", [])
+             if app["subnet"] == name]
     notes += ["%s %s/%d -> %d" % (p.get("interface") or "any", p["protocol"], p["host_port"], p["port"])
               for p in vpc.get("published", []) if p["subnet"] == name]
     if has_nat(vpc, name):
