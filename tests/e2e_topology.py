@@ -163,11 +163,11 @@ CHANGES = (
     _change(lambda t: vpc_of(t, "a")["subnets"].append({"name": "cache", "cidr": "10.20.3.0/24"}),
             "+ subnet a/cache 10.20.3.0/24"),
     _change(lambda t: None, "- subnet a/cache"),
-    _change(_set("a", "db", cidr="10.20.5.0/24"), "~ subnet a/db: 10.20.2.0/24 -> 10.20.5.0/24"),
-    _change(_set("a", "web", gw="10.20.1.9"), "~ subnet a/web: 10.20.1.0/24 -> 10.20.1.0/24 gw 10.20.1.9",
-            "~ subnet a/db: 10.20.5.0/24 -> 10.20.2.0/24"),
+    _change(_set("a", "db", cidr="10.20.5.0/24"), "-/+ subnet a/db: 10.20.2.0/24 -> 10.20.5.0/24; ends open connections"),
+    _change(_set("a", "web", gw="10.20.1.9"), "-/+ subnet a/web: 10.20.1.0/24 -> 10.20.1.0/24 gw 10.20.1.9; ends open connections",
+            "-/+ subnet a/db: 10.20.5.0/24 -> 10.20.2.0/24; ends open connections"),
     _change(_set("a", "db", policy={"ingress": [{"port": 5432, "protocol": "tcp", "action": "allow"}]}),
-            "~ subnet a/web: 10.20.1.0/24 gw 10.20.1.9 -> 10.20.1.0/24",
+            "-/+ subnet a/web: 10.20.1.0/24 gw 10.20.1.9 -> 10.20.1.0/24; ends open connections",
             "~ policy a/db: ingress tcp/80, tcp/443, deny tcp/22 -> tcp/5432"),
     _change(_set("a", "db", policy={"ingress": [{"port": 6000, "protocol": "tcp", "action": "allow"}],
                                     "egress": [{"protocol": "udp", "action": "deny", "to": "web"}],
@@ -180,23 +180,25 @@ CHANGES = (
     _change(_set("a", nat={"interface": "eth0", "subnets": ["web"]}), "~ nat a: eth0 -> eth0 for web"),
     _change(_set("a", "web", apps=[{"port": 81}]), "- nat a", "+ app a/web 81 (page)"),
     _change(_set("a", "web", apps=[{"port": 81, "cmd": SLEEPER}]),
-            "~ app a/web 81: (page) -> python3 -m http.server 81"),
+            "-/+ app a/web 81: (page) -> python3 -m http.server 81; ends the program that runs"),
     _change(_set("a", "web", publish=[{"host_port": 8081, "port": 81}]), "- app a/web 81",
             "+ published a/web 8081 tcp/81 by eth0"),
     _change(_set("a", "web", publish=[{"host_port": 8081, "port": 82}]),
-            "~ published a/web 8081: tcp/81 by eth0 -> tcp/82 by eth0"),
+            "-/+ published a/web 8081: tcp/81 by eth0 -> tcp/82 by eth0; ends open connections through it"),
     _change(_set("a", "web", publish=[{"host_port": 8081, "port": 82, "protocol": "udp"}]),
             "- published a/web 8081", "+ published a/web 8081 udp/82 by eth0"),
     _change(lambda t: t.update(peers=[]), "- published a/web 8081", "- peer a b"),
     _change(lambda t: t.update(peers=[{"vpcs": ["b", "a"], "allow": ["10.20.0.0/16", "10.30.1.0/24"]}]),
             "+ peer b a 10.20.0.0/16,10.30.1.0/24"),
     _change(lambda t: t["peers"][0]["allow"].append("10.20.2.0/24"),
-            "~ peer b a: 10.20.0.0/16,10.30.1.0/24 -> 10.20.1.0/24,10.30.1.0/24,10.20.2.0/24"),
-    _change(lambda t: None, "~ peer a b: 10.20.1.0/24,10.30.1.0/24,10.20.2.0/24 -> 10.20.1.0/24,10.30.1.0/24"),
+            "-/+ peer b a: 10.20.0.0/16,10.30.1.0/24 -> 10.20.1.0/24,10.30.1.0/24,10.20.2.0/24; "
+            "ends open connections between the two"),
+    _change(lambda t: None, "-/+ peer a b: 10.20.1.0/24,10.30.1.0/24,10.20.2.0/24 -> 10.20.1.0/24,10.30.1.0/24; "
+            "ends open connections between the two"),
     _change(_set("c", cidr="10.41.0.0/16", subnets=[{"name": "x", "cidr": "10.41.1.0/24"}]),
-            "~ vpc c: 10.40.0.0/16 -> 10.41.0.0/16", "+ subnet c/x 10.41.1.0/24"),
+            "-/+ vpc c: 10.40.0.0/16 -> 10.41.0.0/16; ends open connections", "+ subnet c/x 10.41.1.0/24"),
     _change(lambda t: t["vpcs"].append({"name": "d", "cidr": "10.50.0.0/16"}),
-            "~ vpc c: 10.41.0.0/16 -> 10.40.0.0/16", "+ vpc d 10.50.0.0/16"),
+            "-/+ vpc c: 10.41.0.0/16 -> 10.40.0.0/16; ends subnet x, open connections", "+ vpc d 10.50.0.0/16"),
     _change(lambda t: None, "- vpc d 10.50.0.0/16"),
 )
 
@@ -223,7 +225,7 @@ class ChangesTest(SandboxTest):
         text = json.dumps(_base()).replace("10.30.", "172.16.")
         path = self.file("two.json", text)
         planned = vpcctl("plan", path, code=1).out
-        self.assertIn("~ vpc b: 10.30.0.0/16 -> 172.16.0.0/16\n", planned)
+        self.assertIn("-/+ vpc b: 10.30.0.0/16 -> 172.16.0.0/16; ends subnet api, peering with a, open connections\n", planned)
         vpcctl("apply", path)
         self.assertEqual(subnet("b", "api")["host_ip"], "172.16.1.2")
         self.assertEqual([record("b")[key] for key in ("bridge", "chain", "chain_in")], ["br-b", "vpc-b", "vpc-in-b"])
@@ -388,7 +390,11 @@ class AgainTest(SandboxTest):
         wait_until(lambda: not os.path.exists("/proc/%d" % pid) or open("/proc/%d/stat" % pid).read().split()[2] == "Z",
                    LONG, "the app ends")
         vpcctl("verify", code=1)
-        self.assertEqual(vpcctl("plan", path).out, NOTHING)              # the records are as the file says
+        planned = vpcctl("plan", path, code=1).out
+        for line in ("a: missing: app on port 80 in subnet web", "b: missing: interface br-b, and ",
+                     'a: missing: firewall rule: iptables -I FORWARD 1 -i br-a -j vpc-a\n',
+                     "a: missing: namespace ns-a-db: policy rules\n"):
+            self.assertIn("! repair vpc " + line, planned)
         self.assertIn("put right", vpcctl("apply", path).out)
         vpcctl("verify")
         assert_same(lasting(state), lasting(snapshot()))
