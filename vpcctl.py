@@ -835,6 +835,21 @@ def _neighbour(table, verb, target, *words):
     rtnetlink(kind, how, body, named["dev"])
 
 
+def permanent_neighbours():
+    """The permanent neighbour entries of the calling thread's namespace -> list of (interface, address, MAC). (To ask
+    `ip` would be a process more for each namespace.)"""
+    import socket
+    import struct
+    found = []
+    for answer in rtnetlink(30, ALL, struct.pack("=BxxxiHBB", socket.AF_INET, 0, 0, 0, 0)):   # RTM_GETNEIGH
+        index, state = struct.unpack_from("=iH", answer, 4)
+        told = attributes(answer, 12)
+        if state & 0x80 and len(told.get(2, b"")) == 6:                       # NUD_PERMANENT, NDA_LLADDR
+            mac = ":".join("%02x" % byte for byte in told[2])
+            found.append((socket.if_indextoname(index), socket.inet_ntoa(told[1]), mac))
+    return found
+
+
 AF_BRIDGE = 7
 # Switches of a bridge's port for which `ip` got its words only with 5.18: IFLA_BRPORT_….
 PORT_FLAGS = {"bcast_flood": 30, "locked": 39}
@@ -2346,7 +2361,7 @@ def lookup_step(pref, device, action, why, selector=""):
 def plan_subnet(vpc, subnet):
     """A subnet: its namespace, its cable to the switch, its addresses, what its programs see in /etc."""
     space, port = subnet["ns"], subnet["veth"] + "-b"
-    return plan_cable(vpc, subnet) + plan_gateway(vpc, subnet) + plan_inside(subnet) + [
+    return plan_cable(vpc, subnet) + plan_gateway(vpc, subnet) + plan_inside(vpc, subnet) + [
         source_rule(vpc, subnet),
         Step(PLUG, ("up", port), "ip link set %s up" % port, (), "switch the cable on, now that all rules stand",
              ("link", port)),
@@ -2394,7 +2409,7 @@ def plan_gateway(vpc, subnet):
                  "ip addr del %s dev %s" % (gateway, bridge), "the subnet's gateway", own), neighbour]
 
 
-def plan_inside(subnet):
+def plan_inside(vpc, subnet):
     """What is set inside of a subnet's namespace."""
     space, inner_end, held = subnet["ns"], subnet["veth"] + "-a", ("ns", subnet["ns"])
     address = "%s/%s" % (subnet["host_ip"], subnet["cidr"].split("/")[1])
@@ -2407,6 +2422,10 @@ def plan_inside(subnet):
         step(("up", inner_end), "ip -n %s link set %s up" % (space, inner_end), "switch it on"),
         step(("route", "default", subnet["gw"]), "ip -n %s route add default via %s" % (space, subnet["gw"]),
              "everything else through the gateway"),
+        # Asked for while the bridge was down, it would be unknown for seconds after that, and the first packets lost.
+        step(("neighbour", inner_end, subnet["gw"], vpc["mac"]),
+             "ip -n %s neigh replace %s lladdr %s dev %s nud permanent" % (space, subnet["gw"], vpc["mac"], inner_end),
+             "where the gateway is, without asking"),
     ]
 
 
@@ -3215,6 +3234,7 @@ def look_inside(space):
             facts.add(("inside", space, "address", link["ifname"], block))
     for route in ask("ip", "-j", "-4", "route", "show", has="dst"):
         facts.add(("inside", space, "route", route["dst"], route.get("gateway")))
+    facts.update(("inside", space, "neighbour") + entry for entry in permanent_neighbours())
     for key, _, _ in NS_SYSCTLS:
         facts.add(("inside", space, "sysctl", key, sysctl_value(key)))
     return facts, parse_rules(saved_rules())

@@ -116,7 +116,8 @@ def tamper(fact):
     if kind in ("route", "lookup", "rule"):
         return "undo"
     if kind == "inside":
-        inside = {"up": "link set {3} down", "address": "addr del {4} dev {3}", "route": "route del {3}"}
+        inside = {"up": "link set {3} down", "address": "addr del {4} dev {3}", "route": "route del {3}",
+                  "neighbour": "neigh del {4} dev {3}"}
         if fact[2] == "sysctl":
             return [["ip", "netns", "exec", fact[1]] + set_switch(fact[3], 1 - int(fact[4] != "0"))]
         return [["ip", "-n", fact[1]] + inside[fact[2]].format(*fact).split()]
@@ -126,6 +127,9 @@ def tamper(fact):
 ALTERED = ("mac", "up", "sysctl", "port", "policy")       # tamper alters these; all others it takes away
 # What is altered (an argument list; S: a kernel switch), and how `verify` says it.
 PLANTED = (
+    ("ip -n ns-blog-web neigh replace 10.20.1.1 lladdr 02:00:00:00:00:07 dev v-blog-web-a nud permanent",
+     "changed: namespace ns-blog-web: interface v-blog-web-a: neighbour entry for 10.20.1.1 is 02:00:00:00:00:07, not "
+     "02:76:0a:14:00:01"),
     (["S", "net.ipv4.conf.br-blog.rp_filter", 0], "changed: kernel switch net.ipv4.conf.br-blog.rp_filter is 0, not 1"),
     ("ip link set br-blog address 02:00:00:00:00:09",
      "changed: hardware address of interface br-blog is 02:00:00:00:00:09, not 02:76:0a:14:00:01"),
@@ -205,6 +209,21 @@ class DriftTest(FaultTest):
                 self.assertEqual(self.obey(["plan", path]).out, "Nothing to do\n")
                 self.obey("verify")
                 assert_same(whole, state(), "restored, but")
+
+    def test_the_first_connection_after_a_restore_works(self):
+        """Also where a program asked for its gateway while the bridge (or the cable) was down."""
+        self.obey(*TWO + [APP])
+        ask_slowly = load_vpcctl().sysctl_path("net.ipv4.neigh.v-blog-db-a.retrans_time_ms")
+        self.assertEqual(in_ns("ns-blog-db", ["sh", "-c", f"echo 60000 >{ask_slowly}"]).code, 0)
+        self.assert_open("ns-blog-db", "10.20.1.2", 80)
+        for words in ("link set br-blog down", "link set v-blog-db-b down", "link del br-blog",
+                      "-n ns-blog-db link set v-blog-db-a down"):
+            with self.subTest(words):
+                run(["ip"] + words.split())
+                run(["ip", "-n", "ns-blog-db", "neigh", "flush", "all"])
+                self.assert_dropped("ns-blog-db", "10.20.1.2", 80)
+                self.obey("restore", "verify")
+                self.assert_open("ns-blog-db", "10.20.1.2", 80)
 
     def test_a_flushed_firewall(self):
         self.obey(*TWO + [NAT])
