@@ -4900,16 +4900,22 @@ def plan_repairs(ctl, new, names):
     anew = {change.make.fact for change in difference(ctl.world, new)[1]}
     kept, told = plan(new, names), set(anew)
     staying = [app for vpc in new.values() for app in vpc["apps"]]
+    unseen = [f"namespace {space}: {why}" for space, why in sorted(seen.broken.items())]
+    runs = is_alive
+    if not root:
+        unseen = ["without root, firewall rules, routes, addresses, ports and what is in the namespaces cannot be seen"]
+        runs = lambda app: process_start(app["pid"]) == app["start"]
+    if not os.path.exists("/proc/1"):             # mounted with hidepid
+        unseen.append("without root, this machine shows nobody's programs but one's own")
+        runs = lambda app: True
     for name in sorted(world):
         steps = {fact: step for fact, step in plan(ctl.world, {name}).items() if fact in kept and fact not in told}
         told.update(steps)
         findings += [(name, kind, text) for kind, text in folded(world[name], compare(steps, seen))]
         findings += [(name, "missing", app_text(app))
                      for app in world[name]["apps"]
-                     if app in staying and not (is_alive(app) if root else process_start(app["pid"]) == app["start"])]
-    unseen = [f"namespace {space}: {why}" for space, why in sorted(seen.broken.items())]
-    return findings, unseen if root else [
-        "without root, firewall rules, routes, addresses, ports and what is in the namespaces cannot be seen"]
+                     if app in staying and not runs(app)]
+    return findings, unseen
 
 
 def folded(vpc, changes):
@@ -5247,9 +5253,9 @@ def ended(vpc, subnet=None):
     apps = [f"{app['subnet']}:{app['port']}" for app in vpc["apps"] if app["subnet"] in names]
     published = [str(port["host_port"]) for port in vpc["published"] if port["subnet"] in names]
     peers = [peer["peer_vpc"] for peer in vpc["peers"]]
-    parts = [("subnet", [] if subnet else names), ("app", apps), ("published port", published),
-             ("peering with", [] if subnet else peers)]
-    return [f"{word} {', '.join(found)}" for word, found in parts if found] + ["open connections"]
+    parts = [("subnet%s", [] if subnet else names), ("app%s", apps), ("published port%s", published),
+             ("peering%s with", [] if subnet else peers)]
+    return [f"{word % ('s' * bool(found[1:]))} {', '.join(found)}" for word, found in parts if found] + ["open connections"]
 
 
 def vpc_lines(before, after):
