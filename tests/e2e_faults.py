@@ -151,7 +151,7 @@ PLANTED = (
     ("chmod o+w /etc/netns/ns-blog-web", "changed: folder /etc/netns/ns-blog-web can be written by others"),
     ("cp /dev/null /run/vpcctl/blog/hosts", "changed: file /run/vpcctl/blog/hosts has another content"),
     ("ln -sf /run/vpcctl/shop/hosts /etc/netns/ns-blog-web/hosts",
-     "changed: link /etc/netns/ns-blog-web/hosts leads to /run/vpcctl/shop/hosts, not /run/vpcctl/blog/hosts",
+     "changed: link /etc/netns/ns-blog-web/hosts leads to /run/vpcctl/shop/hosts, not /run/vpcctl/blog/hosts"),
     ("ip -n ns-blog-web neigh replace 10.20.1.1 lladdr 02:00:00:00:00:07 dev v-blog-web-a nud permanent",
      "changed: namespace ns-blog-web: interface v-blog-web-a: neighbour entry for 10.20.1.1 is 02:00:00:00:00:07, not "
      "02:76:0a:14:00:01"))
