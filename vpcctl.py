@@ -104,14 +104,28 @@ class Step:
 
     `do` and `undo` are tuples of argument lists. Without `undo` it goes when its `holder` (a fact) goes. `key` says
     which thing it is when its content may change (a policy); `optional` names what is lost where a kernel cannot.
+    `whys`: a reason for each command of `do`, where they differ.
     """
-    __slots__ = ("phase", "fact", "do", "undo", "why", "holder", "key", "optional")
+    __slots__ = ("phase", "fact", "do", "undo", "why", "holder", "key", "optional", "whys")
 
-    def __init__(self, phase, fact, do, undo=(), why="", holder=None, key=None, optional=""):
+    def __init__(self, phase, fact, do, undo=(), why="", holder=None, key=None, optional="", whys=()):
         self.phase, self.fact, self.why, self.holder, self.optional = phase, fact, why, holder, optional
         self.do = _commands(do)
         self.undo = _commands(undo)
         self.key = key or fact
+        self.whys = whys or (why,) * len(self.do)
+
+
+# A step to make, the one (or None) that is taken out before, and what was Wrong (None: it is a new thing).
+Change = namedtuple("Change", "undo make because")
+
+
+class Wrong(namedtuple("Wrong", "kind found")):
+    """What is wrong with a thing: "missing", "changed", "not ours" or "unseen", and what was found, in words."""
+    __slots__ = ()
+
+    def __str__(self):
+        return f"{self.kind} ({self.found})" if self.found else self.kind
 
 
 def _commands(given):
@@ -852,6 +866,21 @@ def _neighbour(table, verb, target, *words):
     rtnetlink(kind, how, body, named["dev"])
 
 
+def permanent_neighbours():
+    """The permanent neighbour entries of the calling thread's namespace -> list of (interface, address, MAC). (To ask
+    `ip` would be a process more for each namespace.)"""
+    import socket
+    import struct
+    found = []
+    for answer in rtnetlink(30, ALL, struct.pack("=BxxxiHBB", socket.AF_INET, 0, 0, 0, 0)):   # RTM_GETNEIGH
+        index, state = struct.unpack_from("=iH", answer, 4)
+        told = attributes(answer, 12)
+        if state & 0x80 and len(told.get(2, b"")) == 6:                       # NUD_PERMANENT, NDA_LLADDR
+            mac = ":".join("%02x" % byte for byte in told[2])
+            found.append((socket.if_indextoname(index), socket.inet_ntoa(told[1]), mac))
+    return found
+
+
 AF_BRIDGE = 7
 # Switches of a bridge's port for which `ip` got its words only with 5.18: IFLA_BRPORT_….
 PORT_FLAGS = {"bcast_flood": 30, "locked": 39}
@@ -1044,12 +1073,26 @@ INCAPABLE = re.compile(r"not supported|Invalid argument|Unknown|unknown|wrong|ga
 
 
 def begun(commands):
-    """The pairs that a batch would have made: it is unknown how far it got, and taking back is tolerant."""
-    pairs = []
-    for pair, _, _ in commands:
-        if pair not in pairs:
-            pairs.append(pair)
-    return pairs
+    """The changes that a batch would have made: it is unknown how far it got, and taking back is tolerant."""
+    changes = []
+    for change, _, _ in commands:
+        if change not in changes:
+            changes.append(change)
+    return changes
+
+
+def in_order(changes):
+    """Changes in the order in which things of their kinds are made."""
+    return sorted(changes, key=lambda change: change.make.phase)
+
+
+def change_reasons(change, count):
+    """The reason of each of a change's `count` commands, for --why: first what was wrong, then what it is for."""
+    undone = f"undo: {change.undo.why}" if change.undo and change.undo.why else ""
+    reasons = [undone] * (count - len(change.make.do)) + list(change.make.whys)
+    if change.because and reasons:
+        reasons[0] = f"{change.because}: {reasons[0]}" if reasons[0] else str(change.because)
+    return reasons
 
 
 def half_done(trouble):
@@ -1111,15 +1154,14 @@ class Executor:
             os.dup2(self.out.fileno(), sys.stdout.fileno())
 
     def transact(self, removes, makes, then=None, adopt=()):
-        """Take back the steps of `removes`, then make those of `makes`: pairs (old step or None, new step); `then`
-        completes it. What is there without our mark stays (`adopt`: names that are ours all the same).
+        """Take back the steps of `removes`, then make the changes of `makes`; `then` completes it. What is there without our mark stays (`adopt`: names that are ours all the same).
 
         If one cannot be made, or a signal comes in between, what this run did is taken back, newest first, and what
         it had removed is put there again. Raises Problem (code 3) or Interrupted then; with `half_done` if the
         machine is now neither as before nor as wanted. A change that removes is finished in spite of a signal.
         """
-        makes = sorted(makes, key=lambda pair: pair[1].phase)
-        removes = without_strangers(removes, [new for _, new in makes], adopt)
+        makes = in_order(makes)
+        removes = without_strangers(removes, [change.make for change in makes], adopt)
         try:
             left = self.take_back(removes)
         except Exception as trouble:
@@ -1145,34 +1187,37 @@ class Executor:
             raise trouble
 
     def _roll_back(self, made, removed):
-        """Newest first, undo the pairs of `made` and make `removed` again -> what could not be."""
+        """Newest first, undo the changes of `made` and make `removed` again -> what could not be."""
         if made or removed:
             self.say("taking back what was done:")
         # What had nothing in its place goes; a rule that was moved stays where it belongs.
         found = lambda step: as_found(step, blindly=True)
-        going = [found(new) if old else new for old, new in made if not old or not (old.do or old.key[0] == "moved")]
+        going = [found(new) if old else new
+                 for old, new, _ in made
+                 if not old or not (old.do or old.key[0] == "moved")]
         left = self.take_back(going)
         try:
-            swapped = [(found(new), old) for old, new in made if old and old.do]
-            self.make(swapped + [(None, step) for step in sorted(removed, key=lambda step: step.phase)], [], patient=True)
+            swapped = [Change(found(new), old, None) for old, new, _ in made if old and old.do]
+            self.make(swapped + in_order([Change(None, step, None) for step in removed]), [], patient=True)
         except (Failure, OSError) as trouble:
             left.append("%s: %s" % (shown(trouble.argv), trouble) if isinstance(trouble, Failure) else str(trouble))
         return left
 
-    def make(self, pairs, made, patient=False):
-        """Make steps in order; `made` receives each pair that was begun and is (at least partly) there. Signals are
+    def make(self, changes, made, patient=False):
+        """Make changes in order; `made` receives each that was begun and is (at least partly) there. Signals are
         obeyed between two commands and at the end, unless `patient`."""
-        commands = []                             # (pair, command, is it the pair's last)
-        for pair in pairs:
-            own = (pair[0].undo if pair[0] and pair[0].key[0] != "file" else ()) + pair[1].do
-            commands.extend((pair, argv, position == len(own) - 1) for position, argv in enumerate(own))
+        commands, reasons = [], []                # commands: (change, command, is it the change's last)
+        for change in changes:
+            own = (change.undo.undo if change.undo and change.undo.key[0] != "file" else ()) + change.make.do
+            commands.extend((change, argv, position == len(own) - 1) for position, argv in enumerate(own))
+            reasons.extend(change_reasons(change, len(own)) if self.why else [""] * len(own))
         position = told = 0
         while position < len(commands):
             if not patient:
                 self.heed()
             end = self._end_of_lane(commands, position)
-            for pair, argv, _ in commands[max(position, told):end]:
-                self.echo(argv, pair[1].why)
+            for number in range(max(position, told), end):
+                self.echo(commands[number][1], reasons[number])
             told = end
             self.progress(position, len(commands))
             position = self._run_slice(commands, position, end, made)
@@ -1214,10 +1259,10 @@ class Executor:
             made.extend(begun(commands[start:end]))
             raise Failure(commands[start][1], said)
         self.commands += done
-        made.extend(pair for pair, _, last in commands[start:start + done] if last)
+        made.extend(change for change, _, last in commands[start:start + done] if last)
         if done == end - start:
             return end
-        pair, argv, last = commands[start + done]
+        change, argv, last = commands[start + done]
         other, managed = by_netlink(argv, said), 0
         if other:
             if not self.quiet:
@@ -1225,12 +1270,12 @@ class Executor:
             managed, said = run_lane("file", [other])
         if managed:
             self.commands += 1
-            made.extend([pair] if last else [])
-        elif pair[1].optional and INCAPABLE.search(said):
-            self.lost.append((pair[1], said.strip()))
+            made.extend([change] if last else [])
+        elif change.make.optional and INCAPABLE.search(said):
+            self.lost.append((change.make, said.strip()))
         else:
             if not last:
-                made.append(pair)                 # begun, perhaps: taking back is tolerant of what is not there
+                made.append(change)               # begun, perhaps: taking back is tolerant of what is not there
             raise Failure(argv, said)
         return start + done + 1
 
@@ -1254,11 +1299,11 @@ class Executor:
                 trouble = trouble or Failure(groups[name][0][1], said)
                 continue
             self.commands += done
-            made.extend(pair for pair, _, last in groups[name][:done] if last)
+            made.extend(change for change, _, last in groups[name][:done] if last)
             if done < len(groups[name]):
-                pair, argv, _ = groups[name][done]
-                if pair[0]:
-                    made.append(pair)
+                change, argv, _ = groups[name][done]
+                if change.undo:
+                    made.append(change)
                 trouble = trouble or Failure(argv, said)
         if trouble:
             raise trouble
@@ -1276,7 +1321,7 @@ class Executor:
         # A chain can go only when no rule of another chain jumps to it any more.
         commands.sort(key=lambda item: (-item[0].phase, "-X" in item[1]))
         for step, argv in commands:
-            self.echo(argv, "undo: " + step.why if step.why else "")
+            self.echo(argv, "undo: " + (step.why or "it is in no record"))
         if self.dry_run or not commands:
             return []
         self._flush()
@@ -1972,13 +2017,13 @@ class Control:
         removes, makes = difference(old, new)
         if not self.dry_run:
             check_firewall_kind(new, touched)
-            makes = [(as_found(before_it), step) for before_it, step in makes]
+            makes = [change._replace(undo=as_found(change.undo)) for change in makes]
         if self.dry_run:
-            makes = [(as_planned(before_it), step) for before_it, step in makes]
+            makes = [change._replace(undo=as_planned(change.undo)) for change in makes]
             if before:
                 before()
             self.run.take_back(removes)
-            self.run.make(sorted(makes, key=lambda pair: pair[1].phase), [])
+            self.run.make(in_order(makes), [])
             if after:
                 after(new)
             return
@@ -2175,7 +2220,7 @@ IN_PLACE = ("policy", "forwarding", "nat", "names")
 
 
 def difference(old, new):
-    """What leads from one world to another -> (steps to take back, pairs (old step or None, new step) to make)."""
+    """What leads from one world to another -> (steps to take back, changes to make)."""
     before, after = resources(old, new), resources(new, old)
     gone, come, anew = {}, {}, set()
     for key in before:
@@ -2189,35 +2234,43 @@ def difference(old, new):
             come.update((step.fact, step) for step in after[key][1][0](*after[key][1][1]))
     # Rules that are replaced in place; not those of a namespace that is made anew.
     by_key = {step.key: step for step in gone.values() if step.key != step.fact and step.holder not in anew}
-    makes = [(by_key.get(step.key), step) for fact, step in come.items()
+    makes = [Change(by_key.get(step.key), step, None)
+             for fact, step in come.items()
              if fact not in gone or fact in anew or step.holder in anew]
-    swapped = {old_step.key for old_step, step in makes if old_step}
+    swapped = {change.undo.key for change in makes if change.undo}
     removes = [step for fact, step in gone.items()
                if (fact not in come or fact in anew or step.holder in anew) and step.key not in swapped]
     return removes, makes
 
 
-def mending(steps, stale, seen):
-    """What brings the kernel to `steps`, from what was seen in it -> (steps to take back, pairs to make).
+def compare(steps, seen):
+    """What is wrong with the things of these steps (fact -> step), as far as it was looked at -> a Change for each.
 
-    `stale` are steps that are no longer wanted. Something that is there, but not as it should be, is replaced.
+    Something that is there, but not as it should be, is replaced.
     """
-    foreign = [step for step in steps.values() if step.fact in seen.foreign]
+    found = [(step, seen.wrong(step)) for step in steps.values()]
+    return [Change(seen.replaced(step), step, wrong)
+            for step, wrong in found
+            if wrong and wrong.kind != "unseen"]
+
+
+def mending(steps, stale, seen):
+    """What brings the kernel to `steps`, from what was seen in it -> (steps to take back, changes to make).
+
+    `stale` are steps that are no longer wanted.
+    """
+    makes = compare(steps, seen)
+    foreign = [change.make for change in makes if change.because.kind == "not ours"]
     if foreign:
         names = " and ".join(named(step.fact) for step in foreign)
         raise Problem(f"{names} exists already and is not vpcctl's",
                       "remove or rename it; vpcctl does not touch what it did not make", 3)
     wanted = {step.key for step in steps.values()}         # the same thing with another content is replaced below
-    removes = [step for step in stale.values() if step.key not in wanted
-               and (seen.holds(step, any_content=True) or step.fact in seen.foreign)]
-    makes = []
-    for step in steps.values():
-        if not seen.holds(step):
-            makes.append((seen.replaced(step), step))
-    if any(step.fact == ("sysctl", "net.ipv4.ip_forward", "1") for _, step in makes):
+    removes = [step for step in stale.values() if step.key not in wanted and seen.can_undo(step)]
+    if any(change.make.fact == ("sysctl", "net.ipv4.ip_forward", "1") for change in makes):
         # Writing it sets the switch of every interface: those that are to stay off have to be written after it.
-        made = {step.fact for _, step in makes}
-        makes += [(None, step) for fact, step in steps.items()
+        made = {change.make.fact for change in makes}
+        makes += [Change(None, step, None) for fact, step in steps.items()
                   if step.phase == PLUG and fact[0] == "sysctl" and fact not in made]
     return removes, makes
 
@@ -2341,7 +2394,7 @@ def lookup_step(pref, device, action, why, selector=""):
 def plan_subnet(vpc, subnet):
     """A subnet: its namespace, its cable to the switch, its addresses, what its programs see in /etc."""
     space, port = subnet["ns"], subnet["veth"] + "-b"
-    return plan_cable(vpc, subnet) + plan_gateway(vpc, subnet) + plan_inside(subnet) + [
+    return plan_cable(vpc, subnet) + plan_gateway(vpc, subnet) + plan_inside(vpc, subnet) + [
         source_rule(vpc, subnet),
         Step(PLUG, ("up", port), "ip link set %s up" % port, (), "switch the cable on, now that all rules stand",
              ("link", port)),
@@ -2389,7 +2442,7 @@ def plan_gateway(vpc, subnet):
                  "ip addr del %s dev %s" % (gateway, bridge), "the subnet's gateway", own), neighbour]
 
 
-def plan_inside(subnet):
+def plan_inside(vpc, subnet):
     """What is set inside of a subnet's namespace."""
     space, inner_end, held = subnet["ns"], subnet["veth"] + "-a", ("ns", subnet["ns"])
     address = "%s/%s" % (subnet["host_ip"], subnet["cidr"].split("/")[1])
@@ -2402,6 +2455,10 @@ def plan_inside(subnet):
         step(("up", inner_end), "ip -n %s link set %s up" % (space, inner_end), "switch it on"),
         step(("route", "default", subnet["gw"]), "ip -n %s route add default via %s" % (space, subnet["gw"]),
              "everything else through the gateway"),
+        # Asked for while the bridge was down, it would be unknown for seconds after that, and the first packets lost.
+        step(("neighbour", inner_end, subnet["gw"], vpc["mac"]),
+             "ip -n %s neigh replace %s lladdr %s dev %s nud permanent" % (space, subnet["gw"], vpc["mac"], inner_end),
+             "where the gateway is, without asking"),
     ]
 
 
@@ -2648,30 +2705,41 @@ def render_policy(policy, vpc, names=None):
     A reply is judged by today's rules for the direction that opened the connection, so that a new deny ends both ways
     of it: a program that only sends would else go on for as long as it likes.
     """
+    return [rule for rule, _ in reasoned_policy(policy, vpc, names)]
+
+
+def reasoned_policy(policy, vpc, names=None):
+    """The rules of `render_policy`, each with its reason -> list of (rule, reason)."""
     names = policy_names({"name": "?", "policy": policy}, vpc) if names is None else names
     rules = []
-    for direction, opener, chain, way in (("ingress", "egress", "INPUT", "-i"), ("egress", "ingress", "OUTPUT", "-o")):
+    for direction, opener, chain, way, here, there in (("ingress", "egress", "INPUT", "-i", "in", "out"),
+                                                       ("egress", "ingress", "OUTPUT", "-o", "out", "in")):
         note = lambda text: ("-m", "comment", "--comment", "policy-%s-%s" % (direction, text))
         strict = policy_default(policy, opener)[0] == "deny"
-        rules.append(("-A", chain, way, "lo", "-j", "ACCEPT") + note("loopback"))
-        rules += [("-A", chain) + words + ANSWERS + ("-j", target) + note("replies-%s" % label)
-                  for words, target, label in judgements(policy, opener, chain, "--sport", names)
+        others = (("-A", chain) + ANSWERS + ("-j", "DROP") + note("replies"), "no other replies")
+        if not strict:
+            others = (("-A", chain) + REPLIES + ("-j", "ACCEPT") + note("replies"), f"replies to what was let {there}")
+        rules.append((("-A", chain, way, "lo", "-j", "ACCEPT") + note("loopback"), "what the subnet says to itself"))
+        rules += [(("-A", chain) + words + ANSWERS + ("-j", target) + note("replies-%s" % label),
+                   f"{'no replies' if target == 'DROP' else 'replies'} to {reason}")
+                  for words, target, label, reason in judgements(policy, opener, chain, "--sport", names)
                   if strict or target == "DROP"]
-        rules += [("-A", chain) + (ANSWERS + ("-j", "DROP") if strict else REPLIES + ("-j", "ACCEPT")) + note("replies"),
-                  ("-A", chain) + ERRORS + ("-j", "ACCEPT") + note("errors")]
-        rules += [("-A", chain) + words + ("-j", target) + note(label)
-                  for words, target, label in judgements(policy, direction, chain, "--dport", names)]
-        if policy_default(policy, direction)[0] == "deny":
-            rules.append(("-A", chain, "-j", "DROP") + note("default-deny"))
+        rules += [others,
+                  (("-A", chain) + ERRORS + ("-j", "ACCEPT") + note("errors"), 'errors, such as "packet too big"')]
+        rules += [(("-A", chain) + words + ("-j", target) + note(label), reason)
+                  for words, target, label, reason in judgements(policy, direction, chain, "--dport", names)]
+        action, because = policy_default(policy, direction)
+        if action == "deny":
+            rules.append((("-A", chain, "-j", "DROP") + note("default-deny"), f"everything else {here}: dropped, since {because}"))
     return rules
 
 
 def judgements(policy, direction, chain, end, names):
-    """A direction's rules, denies first -> list of (what it matches in that chain, target, label)."""
+    """A direction's rules, denies first -> list of (what it matches in that chain, target, label, which rule it is)."""
     side, key = "-s" if chain == "INPUT" else "-d", "from" if direction == "ingress" else "to"
     found = []
     for action, target in (("deny", "DROP"), ("allow", "ACCEPT")):
-        for rule in policy.get(direction) or []:
+        for number, rule in enumerate(policy.get(direction) or [], 1):
             if rule["action"] == action:
                 words, label = (), rule["protocol"]
                 if key in rule:
@@ -2682,22 +2750,17 @@ def judgements(policy, direction, chain, end, names):
                     low, high = ports(rule["port"])
                     label = f"{low}-{high}" if low < high else str(low)
                     words += end, label.replace("-", ":")
-                found.append((words, target, f"{action}-{label}"))
+                found.append((words, target, f"{action}-{label}", f"{direction} rule {number}, {rule_text(rule)}"))
     return found
 
 
 def plan_policy(vpc, subnet):
-    """A subnet's policy: one step, because it is put in as a whole and replaced as a whole."""
-    rules = render_policy(subnet["policy"], vpc)
-    return [policy_step(subnet["ns"], rules)]
-
-
-def policy_step(space, rules):
-    """The step that puts a policy's rules into a namespace in one transaction."""
-    prefix = ("ip", "netns", "exec", space, "iptables")
-    return Step(INSIDE, ("policy", space, tuple(rules)),
-                tuple(prefix + rule for rule in rules), tuple(prefix + ("-D",) + rule[1:] for rule in rules),
-                "the subnet's policy, all of it in one go", ("ns", space), ("policy", space))
+    """A subnet's policy: one step, because it is put in by one transaction, as a whole, and replaced as a whole."""
+    space, prefix = subnet["ns"], ("ip", "netns", "exec", subnet["ns"], "iptables")
+    rules, reasons = zip(*reasoned_policy(subnet["policy"], vpc))
+    return [Step(INSIDE, ("policy", space, rules),
+                 tuple(prefix + rule for rule in rules), tuple(prefix + ("-D",) + rule[1:] for rule in rules),
+                 "the subnet's policy", ("ns", space), ("policy", space), whys=reasons)]
 
 
 # -- names
@@ -2767,32 +2830,97 @@ class Seen:
         self.stale = set()                        # namespaces and cables that lead nowhere, or elsewhere
         self.lookups, self.routes = [], {}        # others' routing rules; table -> others' routes in it
         self.rules = {}                           # (None or namespace, table, chain) -> [(rule, is it ours)]
+        self.blind = {"inside", "policy"}         # kinds of facts that were not looked at
+        self._values, self._counted = {}, 0
 
-    def holds(self, step, any_content=False):
-        """Whether a step's thing is there. With any_content, also if it is there with another content or place."""
-        fact = step.fact
-        if fact[0] == "flows":
-            return True                           # whatever of them there is
-        if fact[0] == "sysctl":
-            return sysctl_value(fact[1]) == fact[2] or (bool(step.optional) and sysctl_value(fact[1]) is None)
-        if fact[0] == "port" and step.optional and fact[:3] + (None,) in self.facts:
-            return True                           # this kernel has no such flag
-        if fact[0] in ("file", "symlink", "folder"):
-            return file_holds(fact, any_content)
-        if fact[0] == "rule" and any_content:
-            return fact[:4] + (None,) in self.facts
-        if fact[0] == "policy":
-            ours = [rule for rule, own in self.policies.get(fact[1], ()) if own]
-            return bool(ours) if any_content else policy_meaning(ours) == policy_meaning(rule[1:] for rule in fact[2])
-        return fact in self.facts
+    def holds(self, step):
+        """Whether a step's thing is there, as it should be."""
+        return self.wrong(step) is None
+
+    def wrong(self, step):
+        """What is wrong with a step's thing -> Wrong, or None."""
+        fact, kind = step.fact, step.fact[0]
+        if fact in self.facts or kind == "flows":
+            return None                           # connections: whatever of them there is
+        if kind in self.blind or (kind in ("inside", "policy") and fact[1] in self.broken):
+            return Wrong("unseen", "")
+        if fact in self.foreign:
+            return Wrong("not ours", "")
+        if kind == "sysctl":
+            value, wanted = sysctl_value(fact[1]), fact[2]
+        elif kind in ("file", "symlink", "folder"):
+            return file_wrong(fact)
+        elif kind == "rule":
+            return self._rule_wrong(fact)
+        elif kind == "policy":
+            return policy_wrong([rule for rule, own in self.policies.get(fact[1], ()) if own], fact[2])
+        elif kind_of(fact) == "up":
+            value, wanted = "down" if self._is_there(fact) else None, "up"
+        else:
+            value, wanted = self._value(fact), fact[-1]
+        if value == wanted or (value is None and step.optional and self._is_unable(fact)):
+            return None
+        return Wrong("changed", f"is {spoken_value(value)}, not {spoken_value(wanted)}") if value is not None else MISSING
+
+    def _value(self, fact):
+        """What is seen in place of the last field of a fact, where that is the one value of what stands before."""
+        if self._counted != len(self.facts):
+            self._values = {other[:-1]: other[-1] for other in self.facts}
+            self._counted = len(self.facts)
+        return self._values.get(fact[:-1]) if kind_of(fact) in VALUED else None
+
+    def _is_there(self, fact):
+        """Whether the interface is there that a fact wants to be up."""
+        return (("inside", fact[1], "card", fact[3]) if fact[0] == "inside" else ("link", fact[1])) in self.facts
+
+    def _is_unable(self, fact):
+        """Whether this kernel, or this host, has no such switch."""
+        return fact[0] == "sysctl" or fact[:-1] + (None,) in self.facts
+
+    def _rule_wrong(self, fact):
+        """What is wrong with a rule that is not there, or does not stand where it should."""
+        if fact[:4] + (None,) not in self.facts:
+            return MISSING
+        rules = self.rules[None, fact[1], fact[2]]
+        if fact[4] == "last":
+            return Wrong("changed", f'stands before "{rule_alone(rules[-1][0])}"')
+        before = []
+        for rule, ours in rules:
+            if rule_key(rule) == fact[3]:
+                break
+            before.append((rule, ours))
+        other = next((rule for rule, ours in before if not ours), before[0][0])
+        return Wrong("changed", f'stands behind "{rule_alone(other)}"')
+
+    def can_undo(self, step):
+        """Whether something is there that a step's undo takes away, whatever its content and place."""
+        if step.fact[0] == "symlink":
+            return is_our_link(step.fact[1])
+        wrong = self.wrong(step)
+        return not wrong or wrong.kind in ("changed", "not ours")
 
     def replaced(self, step):
         """What must be taken out before a step's thing can be put in: a step, or None."""
-        if step.fact[0] == "policy":
-            return seen_policy(step.fact[1], self.policies.get(step.fact[1], ()))
-        if step.fact[0] == "rule" and step.fact[4] and step.fact[:4] + (None,) in self.facts:
-            return Step(step.phase, step.fact[:4] + (None,), (), step.undo, step.why, key=("moved",) + step.fact)
+        fact, found = step.fact, step.fact[:-1] + (self._value(step.fact),)
+        if fact[0] == "policy":
+            return seen_policy(fact[1], self.policies.get(fact[1], ()))
+        if fact[0] == "rule" and fact[4] and fact[:4] + (None,) in self.facts:
+            return Step(step.phase, fact[:4] + (None,), (), step.undo, step.why, key=("moved",) + fact)
+        if found[0] in ("route", "lookup") and found in self.owned:
+            return self.owned[found][1]
+        if found[:1] + found[2:3] == ("inside", "route") and found in self.facts:
+            return Step(step.phase, found, (), f"ip -n {fact[1]} route del {fact[3]}", "it leads elsewhere")
         return None
+
+
+# Kinds of facts whose last field is the one value of what stands before: another one there is a change.
+VALUED = frozenset(("alias", "mac", "master", "port", "neighbour", "route", "lookup", "sysctl"))
+MISSING = Wrong("missing", "")
+
+
+def spoken_value(value):
+    """A value of a fact, in words."""
+    return ("off", "on")[value] if isinstance(value, bool) else value
 
 
 def sysctl_value(key):
@@ -2804,20 +2932,25 @@ def sysctl_value(key):
         return "1" if key.startswith("net.ipv6.") and not os.path.exists("/proc/sys/net/ipv6/conf") else None
 
 
-def file_holds(fact, any_content=False):
-    """Whether a file, symlink or folder of a plan is there, with its content."""
-    path = fact[1]
-    if fact[0] == "folder":
-        return os.path.isdir(path) and (any_content or not os.lstat(path).st_mode & 0o022)
-    if fact[0] == "symlink":
+def file_wrong(fact):
+    """What is wrong with a file, symlink or folder of a plan -> Wrong, or None."""
+    kind, path = fact[:2]
+    if kind == "folder":
+        if not os.path.isdir(path):
+            return MISSING
+        return Wrong("changed", "can be written by others") if os.lstat(path).st_mode & 0o022 else None
+    if kind == "symlink":
         found = os.readlink(path) if os.path.islink(path) else None
-        return found == fact[2] or (fact[2] != found and os.path.lexists(path) and not is_our_link(path)
-                                    and not any_content)
+        if is_our_link(path):
+            return Wrong("changed", f"leads to {found}, not {fact[2]}") if found != fact[2] else None
+        return None if os.path.lexists(path) else MISSING        # somebody else's: it stays
     try:
         with open(path) as handle:
-            return any_content or handle.read() == fact[2]
-    except (OSError, ValueError):
-        return False
+            return None if handle.read() == fact[2] else Wrong("changed", "has another content")
+    except ValueError:
+        return Wrong("changed", "has another content")
+    except OSError:
+        return MISSING
 
 
 def is_our_link(path):
@@ -2918,8 +3051,10 @@ def see_link(seen, link, adopt, by_id):
     if "master" in link:
         seen.facts.add(("master", name, link["master"]))
     port = link.get("linkinfo", {}).get("info_slave_data", {})
-    if port.get("isolated") and not port.get("learning") and not port.get("flood") and not port.get("mcast_flood"):
-        seen.facts.add(("port", name, "isolated", True))
+    if "isolated" in port:                        # one command sets these four
+        loud = [flag for flag in ("learning", "flood", "mcast_flood") if port.get(flag)]
+        isolated = port["isolated"] if not loud else f"{spoken_value(port['isolated'])} with {', '.join(loud)}"
+        seen.facts.add(("port", name, "isolated", isolated))
     for flag in ("locked", "bcast_flood"):
         if flag in port:
             seen.facts.add(("port", name, flag, port[flag]))
@@ -3082,6 +3217,7 @@ def comment_vpc(comment):
 
 def see_inside(seen, subnets):
     """Look into the namespaces of subnets, those that are ours, side by side."""
+    seen.blind = ()
     subnets = [subnet for subnet in subnets if ("ns", subnet["ns"]) in seen.facts]
     found = in_namespaces([subnet["ns"] for subnet in subnets], look_inside)
     for subnet in subnets:
@@ -3107,6 +3243,19 @@ def policy_meaning(rules):
     return [pair for chain in ("INPUT", "OUTPUT") for pair in meant if pair[0] == chain]
 
 
+def policy_wrong(have, want):
+    """What is wrong with a policy's rules as printed, beside those that are planned -> Wrong, or None."""
+    have, want = policy_meaning(have), policy_meaning(rule[1:] for rule in want)
+    if have == want or not have:
+        return None if have else MISSING
+    faults = []
+    for verb, some, others in (("lacks", want, have), ("holds a changed or additional", have, want)):
+        labels = [dict(meaning)["--comment"] for chain, meaning in some if (chain, meaning) not in others]
+        if labels:
+            faults.append(f"{verb} {', '.join(labels[:3])}" + (f" and {len(labels) - 3} more" if labels[3:] else ""))
+    return Wrong("changed", "; ".join(faults) or "stands in another order")
+
+
 def look_inside(space):
     """Called in a namespace -> (its facts, its firewall as parse_rules has it)."""
     facts = {("inside", space, "card", name) for name in host_interfaces()}
@@ -3118,6 +3267,7 @@ def look_inside(space):
             facts.add(("inside", space, "address", link["ifname"], block))
     for route in ask("ip", "-j", "-4", "route", "show", has="dst"):
         facts.add(("inside", space, "route", route["dst"], route.get("gateway")))
+    facts.update(("inside", space, "neighbour") + entry for entry in permanent_neighbours())
     for key, _, _ in NS_SYSCTLS:
         facts.add(("inside", space, "sysctl", key, sysctl_value(key)))
     return facts, parse_rules(saved_rules())
@@ -3156,30 +3306,51 @@ def seen_policy(space, rules):
 
 
 WORDS = {"ns": "namespace %s", "ours": "mark of namespace %s", "link": "interface %s", "alias": "mark of interface %s",
-         "mac": "hardware address of interface %s: %s", "up": "interface %s is up", "master": "cable %s plugged into %s",
+         "mac": "hardware address of interface %s", "up": "interface %s", "master": "bridge of cable %s",
          "port": "port %s: %s", "fdb": "port %s: forwarding entry for %s", "address": "interface %s: address %s",
-         "neighbour": "interface %s: neighbour entry for %s", "route": "route in table %s: %s by %s",
-         "sysctl": "kernel switch %s = %s", "policy": "namespace %s: policy rules", "file": "file %s",
+         "neighbour": "interface %s: neighbour entry for %s", "route": "routing table %s: the way to %s",
+         "sysctl": "kernel switch %s", "policy": "namespace %s: policy rules", "file": "file %s",
          "symlink": "link %s", "folder": "folder %s", "chain": "firewall table %s: chain %s",
          "flows": "tracked connections: %s"}
 
 
+def kind_of(fact):
+    """The kind of a fact, or of what it says of the inside of a namespace."""
+    return fact[2] if fact[0] == "inside" else fact[0]
+
+
 def named(fact):
-    """A thing in words, if its fact is enough to tell it."""
+    """A thing in words, if its fact is enough to tell it, without its value."""
+    if fact[0] == "inside":
+        return f"namespace {fact[1]}: " + named((fact[2], "main") + fact[3:] if fact[2] == "route" else fact[2:])
     words = WORDS[fact[0]]
     return words % tuple(fact[1:1 + words.count("%s")])
 
 
-def describe(step):
-    """A step's thing in words, for verify."""
+def rule_alone(rule):
+    """A rule's words without its comment, as one would type them."""
+    words = list(rule)
+    if "--comment" in words:
+        at = words.index("--comment")
+        del words[at - 2:at + 2]
+    return shown(words)
+
+
+def describe(step, wrong=MISSING):
+    """A step's thing in words, and what was found of it."""
     fact = step.fact
-    if fact[0] == "inside":
-        return "namespace %s: %s" % (fact[1], " ".join(str(word) for word in fact[2:]))
+    if fact[0] == "rule" and wrong.found:
+        words = step.undo[0]                      # iptables -D CHAIN and the rule
+        return f'{fact[2]}: our rule "{rule_alone(words[words.index(fact[2]) + 1:])}" {wrong.found}'
     if fact[0] in ("rule", "lookup"):
-        argv = (step.do or step.undo)[0]
-        argv = argv[:argv.index("-m")] if "--comment" in argv and argv.index("-m") == len(argv) - 4 else argv
-        return "%s: %s" % ("firewall rule" if fact[0] == "rule" else "routing rule", shown(argv))
-    return named(fact)
+        kind = "firewall rule" if fact[0] == "rule" else "routing rule"
+        thing = f"{kind}: {rule_alone((step.do or step.undo)[0])}"
+    else:
+        thing = named(fact)
+    if wrong.found:
+        return f"{thing} {wrong.found}"
+    value = {"up": "up", "lookup": None}.get(kind_of(fact), fact[-1] if kind_of(fact) in VALUED else None)
+    return thing if value is None else f"{thing} ({spoken_value(value)})"
 
 
 # ------------------------------------------------------------------------------------------------ VPCs
@@ -3449,8 +3620,7 @@ def restore(ctl, args):
             ctl.note("%s; left alone, `vpcctl delete --force %s` clears it away" % (why, name))
     names = args.vpcs or sorted(set(ctl.world) | set(ctl.intents))
     if ctl.dry_run:
-        return ctl.run.make(sorted([(None, step) for step in plan(ctl.world, set(names)).values()],
-                                   key=lambda pair: pair[1].phase), [])
+        return ctl.run.make(in_order([Change(None, step, None) for step in plan(ctl.world, set(names)).values()]), [])
     done = clear_strays(ctl, names) + mend(ctl, names) if names else 0
     ctl.report("Restored: %s" % ", ".join(names) if done else "Nothing to restore")
 
@@ -3478,8 +3648,9 @@ def heal_first(ctl, names):
         mend(ctl, unsound, strict=False)
 
 
-def mend(ctl, names, gone=(), strict=True):
+def mend(ctl, names, gone=(), strict=True, wanted=lambda app: True):
     """Make the kernel match the records of some VPCs, finishing intents; `gone` are to go -> how much was amiss.
+    Of apps that have ended, those are started again that are `wanted`.
 
     The host's part is mended first, for all of them, before anybody looks into a namespace: nothing in there can
     keep it from that. What could not be put right of a subnet is raised in the end as a Problem, or is a note if
@@ -3513,7 +3684,7 @@ def mend(ctl, names, gone=(), strict=True):
             seen = look(True)
         _, parts = parted(mending(steps, {}, seen)[1], new, seen)
         troubles = mend_subnets(ctl, parts) + unseen(new, seen)
-        started, touched = mend_records(ctl, new, names, troubles)
+        started, touched = mend_records(ctl, new, names, troubles, wanted)
     if strict and troubles:
         raise Problem("; ".join(map(str, troubles)), troubles[0].hint, 3)
     for problem in troubles:
@@ -3522,20 +3693,20 @@ def mend(ctl, names, gone=(), strict=True):
 
 
 def parted(makes, world, seen):
-    """Pairs to make -> (those of the host, name of a subnet -> those of its namespace and its cable). Of a
+    """Changes to make -> (those of the host, name of a subnet -> those of its namespace and its cable). Of a
     namespace that could not be looked into only the cable, and that is not switched on."""
     owners, host, parts = {}, [], {}
     for vpc in world.values():
         for subnet in vpc["subnets"]:
             owner = f"{vpc['name']}/{subnet['name']}", subnet["ns"]
             owners["ns", subnet["ns"]] = owners["link", subnet["veth"] + "-b"] = owner
-    for pair in makes:
-        step = pair[1]
+    for change in makes:
+        step = change.make
         name, space = owners.get(step.fact) or owners.get(step.holder) or (None, None)
         if not name:
-            host.append(pair)
+            host.append(change)
         elif space not in seen.broken or step.phase not in (INSIDE, PLUG):
-            parts.setdefault(name, []).append(pair)
+            parts.setdefault(name, []).append(change)
     return host, parts
 
 
@@ -3554,7 +3725,7 @@ def mend_subnets(ctl, parts):
     """Make what is missing of subnets: side by side, or, if that fails, each by itself -> a Problem for each that
     cannot be put right."""
     try:
-        ctl.run.transact([], [pair for part in parts.values() for pair in part])
+        ctl.run.transact([], [change for part in parts.values() for change in part])
         return []
     except (Problem, OSError) as trouble:
         if len(parts) == 1:
@@ -3563,12 +3734,12 @@ def mend_subnets(ctl, parts):
     return [problem for name in parts for problem in mend_subnets(ctl, {name: parts[name]})]
 
 
-def mend_records(ctl, new, names, troubles):
+def mend_records(ctl, new, names, troubles, wanted):
     """When the kernel matches: programs, then records; `troubles` receives a Problem for each program that does
     not start -> (how many were started, how many records changed)."""
     note_lost(ctl, new)
     silent = []
-    apps = [(name, app) for name in sorted(set(names) & set(new)) for app in new[name]["apps"]]
+    apps = [(name, app) for name in sorted(set(names) & set(new)) for app in new[name]["apps"] if wanted(app)]
     started = revive_apps(ctl, apps, silent)
     for name, app, problem in silent:
         if app["start"]:
@@ -4776,6 +4947,11 @@ def revive_apps(ctl, apps, troubles=None):
     return len(gone)
 
 
+def app_text(app):
+    """An app in words, for what is missing."""
+    return f"app on port {app['port']} in subnet {app['subnet']}"
+
+
 def last_lines(path, count=5):
     """The last lines of a file that say something, on one line."""
     with open(path, "rb") as handle:
@@ -4874,7 +5050,7 @@ PRUNE = arg("--prune", action="store_true", help="also delete VPCs that the file
 
 @command("apply", "apply topology.json", TOPOLOGY, PRUNE, changes=True)
 def apply(ctl, args):
-    """make the host match a topology file: create, change and remove what differs"""
+    """make the host match a topology file: create, change, remove and repair what differs"""
     source = spoken(args.file)
     topology = check_topology(read_json(args.file, "topology file"), source)
     names = [vpc["name"] for vpc in topology["vpcs"]]
@@ -4884,23 +5060,104 @@ def apply(ctl, args):
     lines = plan_lines(ctl.world, new)
     if not lines:
         return already(ctl, names, "The host matches %s already" % source)
+    mended, known = 0, [name for name in names if name in ctl.world]
+    if known and not ctl.dry_run:                 # first: what is missing may be what the change stands on
+        staying = [app for vpc in new.values() for app in vpc["apps"]]
+        mended = mend(ctl, known, strict=False, wanted=staying.__contains__)
+        new = desired_world(ctl, topology, args.prune) if mended else new
     change_world(ctl, new)
     for line in lines:
-        ctl.report(line)
-    ctl.report("Applied %s: %s" % (source, counted(len(lines), "change")))
+        ctl.report(str(line))
+    ctl.report("Applied %s: %s%s" % (source, counted(len(lines), "change"),
+                                     "; put right what was missing" if mended else ""))
 
 
-@command("plan", "plan topology.json", TOPOLOGY, PRUNE)
+@command("plan", "plan topology.json", TOPOLOGY, PRUNE,
+         arg("--json", action="store_true", help="the same as JSON: changes, repairs, unseen, ok"))
 def plan_command(ctl, args):
-    """show what apply would change: exit code 0 nothing, 1 something"""
+    """show what apply would do, repairs too: exit code 0 nothing, 1 something"""
     topology = check_topology(read_json(args.file, "topology file"), spoken(args.file))
-    ctl.dry_run = True                            # read the records only; ask nobody
-    lines = plan_lines(ctl.world, desired_world(ctl, topology, args.prune))
+    ctl.dry_run = True                            # nothing is changed, and nobody is waited for
+    new = desired_world(ctl, topology, args.prune)
+    lines = plan_lines(ctl.world, new)
+    repairs, unseen = plan_repairs(ctl, new, {vpc["name"] for vpc in topology["vpcs"]})
+    idle = not lines and not repairs
+    if args.json:
+        ctl.show(json.dumps({
+            "ok": idle, "changes": [line._asdict() for line in lines], "unseen": unseen,
+            "repairs": [{"vpc": vpc, "what": kind, "object": text} for vpc, kind, text in repairs]}, indent=2))
+        return 0 if idle else 1
+    for vpc, kind, text in repairs:
+        ctl.say(paint(f"! {'blocked' if kind == 'not ours' else 'repair'} vpc {vpc}: {kind}: {text}", 33))
     for line in lines:
-        ctl.say(paint(line, {"+": 32, "-": 31}.get(line[0], 33)))
-    if not lines:
+        ctl.say(paint(str(line), {"+": 32, "-": 31}.get(line.sign, 33)))
+    for text in unseen:
+        ctl.say(f"? {text}")
+    if idle:
         ctl.say("Nothing to do")
-    return 1 if lines else 0
+    return 0 if idle else 1
+
+
+def plan_repairs(ctl, new, names):
+    """What `apply` would repair in these VPCs, of what the world `new` keeps -> (findings: (VPC, kind, thing), what
+    could not be looked at)."""
+    findings = [(name, "unfinished", "a change was cut short") for name in sorted(ctl.intents)]
+    world = {name: vpc for name, vpc in ctl.world.items() if name in names}
+    if not world:
+        return findings, []
+    root = os.geteuid() == 0
+    seen = observe(world) if root else glimpse()
+    anew = {change.make.fact for change in difference(ctl.world, new)[1]}
+    kept, told = plan(new, names), set(anew)
+    staying = [app for vpc in new.values() for app in vpc["apps"]]
+    unseen = [f"namespace {space}: {why}" for space, why in sorted(seen.broken.items())]
+    runs = is_alive
+    if not root:
+        unseen = ["without root, firewall rules, routes, addresses, ports and what is in the namespaces cannot be seen"]
+        runs = lambda app: process_start(app["pid"]) == app["start"]
+    if not os.path.exists("/proc/1"):             # mounted with hidepid
+        unseen.append("without root, this machine shows nobody's programs but one's own")
+        runs = lambda app: True
+    for name in sorted(world):
+        steps = {fact: step for fact, step in plan(ctl.world, {name}).items() if fact in kept and fact not in told}
+        told.update(steps)
+        findings += [(name, kind, text) for kind, text in folded(world[name], compare(steps, seen))]
+        findings += [(name, "missing", app_text(app))
+                     for app in world[name]["apps"]
+                     if app in staying and not runs(app)]
+    return findings, unseen
+
+
+def folded(vpc, changes):
+    """Findings (kind, thing) of one VPC: what goes with something that is missing is only counted there, and with
+    a bridge that is missing all that is of the VPC."""
+    missing = {change.make.fact for change in changes if change.because.kind == "missing"}
+    bridge, more, heads = ("link", vpc["bridge"]), {}, []
+    for change in changes:
+        holder = bridge if bridge in missing and change.make.fact != bridge else change.make.holder
+        if holder in missing:
+            more[holder] = more.get(holder, 0) + 1
+        else:
+            heads.append(change)
+    return [(change.because.kind, describe(change.make, change.because) + (
+        f", and {more[change.make.fact]} more" if change.make.fact in more else ""))
+            for change in heads]
+
+
+def glimpse():
+    """What an ordinary user sees of the machine, asking nobody -> Seen: interfaces, namespaces, switches, files."""
+    import fcntl
+    import socket
+    import struct
+    seen = Seen()
+    seen.blind = (set(WORDS) | {"rule", "lookup", "inside"}) - {"ns", "link", "up", "sysctl", "file", "symlink", "folder"}
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asker:
+        for name in host_interfaces():
+            answer = fcntl.ioctl(asker, 0x8913, os.fsencode(name).ljust(40, b"\0"))      # SIOCGIFFLAGS
+            seen.facts.update([("link", name)] + [("up", name)] * (struct.unpack_from("H", answer, 16)[0] & 1))
+    spaces = os.listdir(NETNS_DIR) if os.path.isdir(NETNS_DIR) else []
+    seen.facts.update(("ns", name) for name in spaces if is_namespace(name))
+    return seen
 
 
 @command("export", "export blog",
@@ -5187,34 +5444,55 @@ def change_world(ctl, new):
     ctl.change(new, before=lambda: stop_programs(ctl, ended, gone), after=lambda _: start_apps(ctl, fresh))
 
 
+class PlanLine(namedtuple("PlanLine", "sign what text ends")):
+    """A difference between two worlds: + comes, - goes, ~ changes, -/+ is made anew, which `ends` other things."""
+    __slots__ = ()
+
+    def __str__(self):
+        colon = ":" if self.sign in ("~", "-/+") else ""
+        ends = f"; ends {', '.join(self.ends)}" if self.ends else ""
+        return f"{self.sign} {self.what}{colon} {self.text}".rstrip() + ends
+
+
 def plan_lines(old, new):
-    """The differences between two worlds, a line each: + comes, - goes, ~ changes."""
+    """The differences between two worlds -> list of PlanLine."""
     lines = []
     for name in sorted(set(old) | set(new)):
         before, after = old.get(name), new.get(name)
-        if before and after and before["cidr"] != after["cidr"]:
-            lines.append("~ vpc %s: %s -> %s" % (name, before["cidr"], after["cidr"]))
-            before = None
-        elif not before or not after:
-            lines.append("%s vpc %s %s" % ("+" if after else "-", name, (after or before)["cidr"]))
-        if after:
-            lines += vpc_lines(before or {"subnets": [], "apps": [], "published": [], "peers": []}, after)
+        if not after:
+            lines.append(PlanLine("-", f"vpc {name}", before["cidr"], []))
+        else:
+            lines += change_line(f"vpc {name}", before and before["cidr"], after["cidr"], before and ended(before))
+            same = before and before["cidr"] == after["cidr"]
+            lines += vpc_lines(before if same else {"subnets": [], "apps": [], "published": [], "peers": []}, after)
     peers = [{(name, peer["peer_vpc"]): peer["allowed"] for name, vpc in world.items() for peer in vpc["peers"]
               if peer["side"] == "a"} for world in (old, new)]
     peers[1] = {pair[::-1] if pair[::-1] in peers[0] else pair: peers[1][pair] for pair in peers[1]}
     for pair in sorted(set(peers[0]) | set(peers[1])):
-        lines += change_line("peer %s %s" % pair, *[",".join(side[pair]) if pair in side else None for side in peers])
+        lines += change_line("peer %s %s" % pair, *[",".join(side[pair]) if pair in side else None for side in peers],
+                             ends=["open connections between the two"])
     return lines
 
 
-def change_line(what, before, after):
-    """A line for something that came, went or changed; none if it is the same."""
+def change_line(what, before, after, ends=()):
+    """A line for something that came, went or changed; none if it is the same. With `ends`, what changes is made
+    anew, and that ends these."""
     if before == after:
         return []
     if before is None or after is None:
-        value = after if before is None else ""
-        return ["%s %s%s" % ("+" if before is None else "-", what, " " + value if value else "")]
-    return ["~ %s: %s -> %s" % (what, before, after)]
+        return [PlanLine("+" if before is None else "-", what, after or "", [])]
+    return [PlanLine("-/+" if ends else "~", what, f"{before} -> {after}", list(ends))]
+
+
+def ended(vpc, subnet=None):
+    """What ends when a VPC, or one subnet of it, is made anew -> list of texts."""
+    names = [each["name"] for each in vpc["subnets"] if subnet in (None, each["name"])]
+    apps = [f"{app['subnet']}:{app['port']}" for app in vpc["apps"] if app["subnet"] in names]
+    published = [str(port["host_port"]) for port in vpc["published"] if port["subnet"] in names]
+    peers = [peer["peer_vpc"] for peer in vpc["peers"]]
+    parts = [("subnet%s", [] if subnet else names), ("app%s", apps), ("published port%s", published),
+             ("peering%s with", [] if subnet else peers)]
+    return [f"{word % ('s' * bool(found[1:]))} {', '.join(found)}" for word, found in parts if found] + ["open connections"]
 
 
 def vpc_lines(before, after):
@@ -5224,24 +5502,25 @@ def vpc_lines(before, after):
         subnet["cidr"]) else "")
     old, new = ({subnet["name"]: subnet for subnet in vpc["subnets"]} for vpc in (before, after))
     for key in list(old) + [key for key in new if key not in old]:
-        lines += change_line("subnet %s/%s" % (name, key), text(old.get(key)), text(new.get(key)))
+        lines += change_line("subnet %s/%s" % (name, key), text(old.get(key)), text(new.get(key)), ended(before, key))
         if key in new:
             had = old[key]["policy"] if key in old else DEFAULT_POLICY
             lines += policy_lines("policy %s/%s" % (name, key), had, new[key]["policy"])
     nat = lambda vpc: vpc.get("nat") and "%s%s" % (vpc["nat"]["interface"], " for " + ",".join(
         vpc["nat"]["subnets"]) if vpc["nat"].get("subnets") is not None else "")
     lines += change_line("nat %s" % name, nat(before), nat(after))
-    for kind, key, value in (
-            ("apps", lambda app: (app["subnet"], app["port"]), program_text),
+    for kind, key, value, ends in (
+            ("apps", lambda app: (app["subnet"], app["port"]), program_text, ["the program that runs"]),
             ("published", lambda port: (port["subnet"], port["host_port"], port["protocol"]),
-             lambda port: "%s/%d by %s" % (port["protocol"], port["port"], port["interface"]))):
+             lambda port: "%s/%d by %s" % (port["protocol"], port["port"], port["interface"]),
+             ["open connections through it"])):
         had, have = ({key(item): value(item) for item in vpc[kind]} for vpc in (before, after))
         known = [app.get("env") for app in before["apps"]]
         for app in after[kind] if kind == "apps" else ():         # another file of variables: other values
             if had.get(key(app)) == have[key(app)] and app.get("env") not in known:
                 have[key(app)] += ", other values"
         for item in sorted(set(had) | set(have)):
-            lines += change_line("%s %s/%s %d" % ((kind.rstrip("s"), name) + item[:2]), had.get(item), have.get(item))
+            lines += change_line("%s %s/%s %d" % ((kind.rstrip("s"), name) + item[:2]), had.get(item), have.get(item), ends)
     return lines
 
 
@@ -5255,7 +5534,7 @@ def policy_lines(what, before, after):
             default = (policy.get("default") or {}).get(direction)
             texts.append(", ".join(rules + (["default " + default] if default else [])) or "nothing")
         if texts[0] != texts[1]:
-            lines.append("~ %s: %s %s -> %s" % (what, direction, texts[0], texts[1]))
+            lines.append(PlanLine("~", what, f"{direction} {texts[0]} -> {texts[1]}", []))
     return lines
 
 
@@ -5524,16 +5803,11 @@ def look_for_drift(ctl):
     seen = observe(world)
     told = set()
     for name in sorted(world):
-        for fact, step in plan(world, {name}).items():
-            if fact in told or seen.holds(step):
-                continue
-            told.add(fact)
-            if fact in seen.foreign:
-                findings.append((name, "not ours", describe(step)))
-            elif not (fact[0] in ("inside", "policy") and fact[1] in seen.broken):
-                kind = "changed" if seen.holds(step, any_content=True) else "missing"
-                findings.append((name, kind, describe(step)))
-        findings += [(name, "missing", "app on port %d in subnet %s" % (app["port"], app["subnet"]))
+        steps = {fact: step for fact, step in plan(world, {name}).items() if fact not in told}
+        told.update(steps)
+        findings += [(name, change.because.kind, describe(change.make, change.because))
+                     for change in compare(steps, seen)]
+        findings += [(name, "missing", app_text(app))
                      for app in world[name]["apps"] if not is_alive(app)]
     findings += [("", "in no record", describe(step)) for step in orphans(ctl, seen)]
     owners = {subnet["ns"]: name for name, vpc in world.items() for subnet in vpc["subnets"]}

@@ -119,6 +119,45 @@ class CliTest(unittest.TestCase):
             at += 1
 
 
+class WhyTest(CliTest):
+    """--why: each rule of a policy has a reason of its own."""
+
+    def reasons(self, policy):
+        """The reasons of the rules that a policy of subnet db of VPC blog leads to."""
+        path = os.path.join(self.top, "policy.json")
+        with open(path, "w") as handle:
+            json.dump(dict(policy, subnet="db"), handle)
+        lines = self.cli("--dry-run", "--why", "apply-policy", "blog", path, root=False).out.splitlines()
+        rules = [re.search(r" -A (\S+) .* --comment (\S+)   # (.*)", line) for line in lines]
+        return [found.groups() for found in rules if found]
+
+    def test_each_rule(self):
+        self.records()
+        found = self.reasons({"ingress": [{"port": 22, "protocol": "tcp", "action": "deny"},
+                                          {"port": 5432, "protocol": "tcp", "action": "allow", "from": "web"}],
+                              "egress": [{"port": 80, "protocol": "tcp", "action": "allow"}]})
+        for chain, comment, reason in (
+                ("INPUT", "policy-ingress-deny-22", "ingress rule 1, deny tcp/22"),
+                ("INPUT", "policy-ingress-allow-5432", "ingress rule 2, allow tcp/5432 from web"),
+                ("INPUT", "policy-ingress-replies-allow-80", "replies to egress rule 1, allow tcp/80"),
+                ("INPUT", "policy-ingress-replies", "no other replies"),
+                ("OUTPUT", "policy-egress-replies-deny-22", "no replies to ingress rule 1, deny tcp/22"),
+                ("OUTPUT", "policy-egress-replies", "replies to what was let in"),
+                ("OUTPUT", "policy-egress-allow-80", "egress rule 1, allow tcp/80"),
+                ("OUTPUT", "policy-egress-default-deny",
+                 "everything else out: dropped, since a list of only allows is an allow-list")):
+            self.assertIn((chain, comment, reason), found)
+        self.assertNotIn("policy-ingress-default-deny", [comment for _, comment, _ in found])
+        found = self.reasons({"ingress": [], "egress": [], "default": {"ingress": "deny"}})
+        self.assertIn(("INPUT", "policy-ingress-default-deny", "everything else in: dropped, since its default says so"), found)
+
+    def test_of_a_new_subnet(self):
+        self.records()
+        out = self.cli("--dry-run", "--why", "add-subnet", "blog", "new", "--cidr", "10.20.9.0/24", root=False).out
+        self.assertIn("   # ingress rule 3, deny tcp/22\n", out)
+        self.assertIn("   # replies to what was let out\n", out)
+
+
 class DryRunTest(CliTest):
     """--dry-run: the guide's commands in the guide's order; nothing is written, nothing started, no root needed."""
 

@@ -40,7 +40,7 @@ def seen(answers, flags, here="lookout"):
     with mock.patch.object(tool, "call", call), mock.patch.object(tool, "port_flags", lambda: flags), \
             mock.patch.object(tool, "is_namespace", lambda name: True):
         if here == "inside":
-            with mock.patch.object(tool, "saved_rules", str):
+            with mock.patch.object(tool, "saved_rules", str), mock.patch.object(tool, "rtnetlink", lambda *_: []):
                 found.facts.update(tool.look_inside(SPACE)[0])
         else:
             tool.see_links(found, set())
