@@ -32,7 +32,8 @@ def sessions(text):
 
 def steady(line):
     """A line without the numbers that differ from run to run."""
-    return re.sub(r"PID=\d+|kill \d+|process \d+", "PID", line.rstrip())
+    line = re.sub(r"\d+\.\d{3} ms", "0.000 ms", line.rstrip())
+    return re.sub(r"PID=\d+|kill \d+|process \d+", "PID", line)
 
 
 def pattern(lines):
