@@ -5326,15 +5326,12 @@ def explain(ctl, args):
         if not found:
             raise Problem("no policy is in the way", "`vpcctl explain` without --policy shows what is", 1)
         return ctl.show(json.dumps(found[1], indent=2))
-    hops = explain_path(*asked)
-    for line in render_explain(hops, "ok" in mark(True)):
-        sign, _, rest = line.partition(" ")
-        colour = {"\u2713": 32, "ok": 32, "\u2717": 31, "NO": 31, "?": 33, "??": 33}.get(sign)
-        ctl.say("%s %s" % (paint(sign, colour), rest) if colour else line)
-    passes = not any(hop.ok is False for hop in hops)
-    flow = path_flow(*asked)
     if (args.probe or args.trace) and not ctl.dry_run:
         need_root()
+    hops = explain_path(*asked)
+    say_signed(ctl, render_explain(hops, "ok" in mark(True)))
+    passes = not any(hop.ok is False for hop in hops)
+    flow = path_flow(*asked)
     if args.trace or (args.probe and ctl.dry_run):
         return 0 if show_trace(ctl, flow) else 1
     if args.probe:
@@ -5345,6 +5342,14 @@ def explain(ctl, args):
             show_trace(ctl, flow)
             return 1
     return 0 if passes else 1
+
+
+def say_signed(ctl, lines):
+    """Print lines; a sign at the beginning has its colour."""
+    for line in lines:
+        sign, _, rest = line.partition(" ")
+        colour = {"\u2713": 32, "ok": 32, "\u2717": 31, "NO": 31, "?": 33, "??": 33}.get(sign)
+        ctl.say(f"{paint(sign, colour)} {rest}" if colour else line)
 
 
 Hop = namedtuple("Hop", "ok where text remedy")  # ok: True, False, or None where no record can tell
@@ -5737,8 +5742,7 @@ def show_trace(ctl, flow):
                           "`vpcctl restore` brings it up", 3)
     need_tools()
     found = trace(ctl.world, flow)
-    for line in trace_lines(found, "ok" in mark(True)):
-        ctl.say(line)
+    say_signed(ctl, trace_lines(found, "ok" in mark(True)))
     return is_answered(found)
 
 
@@ -5977,7 +5981,9 @@ def find_causes(world, found):
     before = in_place(space, rule_counters)
     again = [send_traced(flow, 0.1) for _ in range(COPIES)]
     causes = moved_rules(before, in_place(space, rule_counters))
-    causes += route_causes(found) + neighbour_causes(found) + source_causes(found) + drift_causes(world, flow)
+    for look_for in (route_causes, hardware_causes, neighbour_causes, source_causes):
+        causes += look_for(found)
+    causes += drift_causes(world, flow)
     last = last_seen(found)
     if not causes and last and place_of(last) == arrival(flow):
         causes += in_place(space, lambda: listener_causes(flow))
@@ -6071,22 +6077,25 @@ def routing(flow, target, source, device, wanted):
         return []
     rules = ask("ip", "-j", "-4", "rule", "show")
     routes = ask("ip", "-j", "-4", "route", "show", "table", "all", "match", target)
-    kind, decided = deciding_route(rules, routes, flow, target, source, device)
+    kind, decided, out_by = deciding_route(rules, routes, flow, target, source, device)
     if not code:
         return [f"routing: out by {taken}: {decided}"]
     if kind in DEAD_ENDS or not kind:
         return [f"routing: {decided}"]
     reason = said.rpartition("answers: ")[2].strip()
-    if device:
+    if device and reason in ("Invalid argument", "Invalid cross-device link"):
+        # The kernel looks for the way back as if the packet came in where it is to go out.
         routes = ask("ip", "-j", "-4", "route", "show", "table", "all", "match", source)
-        back = deciding_route(rules, routes, flow, source, target, device)[1]
-        reason += f" to what comes from {source} in by {device} (rp_filter?), to which the way back is {back}"
+        back = deciding_route(rules, routes, flow, source, target, out_by)[1]
+        reason = f"{source} may not come in by {device} (rp_filter), as the way back to it is another: {back}"
+    elif device and sysctl_value(link_conf("ipv4", device, "forwarding")) == "0":
+        reason = f"{target} is no address here, and {device} forwards nothing (forwarding is 0)"
     return [f"routing: {reason}; the way on is {decided}"]
 
 
 def deciding_route(rules, routes, flow, target, source, device):
-    """The routing rule and route that decide a packet's way -> (type, words). `routes`: those that hold the
-    target, of all tables."""
+    """The routing rule and route that decide a packet's way -> (type, words, interface). `routes`: those that
+    hold the target, of all tables."""
     passed = []
     for rule in rules:
         if not rule_hits(rule, flow, target, source, device):
@@ -6095,7 +6104,7 @@ def deciding_route(rules, routes, flow, target, source, device):
         words = f"rule {rule['priority']}{'' if usual else FOREIGN}"
         if rule.get("action") in DEAD_ENDS:
             before = f"no way to {target} in table {', '.join(passed)}; " if passed else ""
-            return rule["action"], f"{before}{words} says {rule['action']}"
+            return rule["action"], f"{before}{words} says {rule['action']}", None
         route = longest_route(routes, rule)
         if not route:
             passed += [str(rule.get("table"))] * (rule["priority"] > 0)
@@ -6103,8 +6112,8 @@ def deciding_route(rules, routes, flow, target, source, device):
         kind = route.get("type", "unicast")
         shown_route = [kind] * (kind != "unicast") + [route["dst"]] + [
             f"{word} {route[key]}" for word, key in (("via", "gateway"), ("dev", "dev")) if key in route]
-        return kind, f"{words}, table {rule['table']}: {' '.join(shown_route)}"
-    return None, f"no rule and no table knows a way to {target}"
+        return kind, f"{words}, table {rule['table']}: {' '.join(shown_route)}", route.get("dev")
+    return None, f"no rule and no table knows a way to {target}", None
 
 
 def longest_route(routes, rule):
@@ -6134,23 +6143,37 @@ def rule_hits(rule, flow, target, source, device):
     return fits != ("not" in rule)
 
 
-def neighbour_causes(found):
-    """Hardware addresses that are wrong or not to be had, where the packet goes through."""
-    flow, space, causes = found.flow, gap_space(found), []
+def hardware_causes(found):
+    """What is amiss between cards and bridges: hardware addresses that are not the recorded ones, ports."""
+    flow, causes = found.flow, []
     for vpc, subnet in flow_ends(flow):
+        name, card = f"{vpc['name']}/{subnet['name']}", subnet["veth"] + "-a"
         for entry in in_place(subnet["ns"], lambda: ask("ip", "-j", "-4", "neigh", "show")):
             if entry["dst"] == subnet["gw"] and entry.get("lladdr", vpc["mac"]) != vpc["mac"]:
-                causes.append(f"neighbour entry in {vpc['name']}/{subnet['name']}: {entry['dst']} is at "
-                              f"{entry['lladdr']}, but bridge {vpc['bridge']} has {vpc['mac']}")
+                causes.append(f"neighbour entry in {name}: {entry['dst']} is at {entry['lladdr']}, but "
+                              f"bridge {vpc['bridge']} has {vpc['mac']}")
+        for link in in_place(subnet["ns"], lambda: ask("ip", "-j", "link", "show")):
+            if link["ifname"] == card and link.get("address") != subnet["mac"]:
+                causes.append(f"{name}'s card has hardware address {link['address']}, not {subnet['mac']}")
+    devices = {device for _, device, _, _ in way(flow)}
+    for link in ask("ip", "-j", "-d", "link", "show"):
+        state = link.get("linkinfo", {}).get("info_slave_data", {}).get("state", "forwarding")
+        if link["ifname"] in devices and state != "forwarding" and "UP" in link["flags"]:
+            causes.append(f"port {link['ifname']} is {state}, not forwarding")
+    return causes
+
+
+def neighbour_causes(found):
+    """Next stations that do not answer ARP, where the packet was lost."""
+    flow = found.flow
     hops = {address for sight in found.seen for address in sight.packet.ends[1::2]}
     hops |= {flow.source["gw"], flow.address}
     hops |= {route.get("gateway") for route in ask("ip", "-j", "-4", "route", "show", "default")}
     devices = {device for _, device, _, _ in way(flow)}
-    for entry in in_place(space, lambda: ask("ip", "-j", "-4", "neigh", "show")):
-        silent = set(entry.get("state", ())) & {"FAILED", "INCOMPLETE"}
-        if silent and entry["dst"] in hops and entry["dev"] in devices:
-            causes.append(f"nobody answers ARP for {entry['dst']} on {entry['dev']}")
-    return causes
+    return [f"nobody answers ARP for {entry['dst']} on {entry['dev']}"
+            for entry in in_place(gap_space(found), lambda: ask("ip", "-j", "-4", "neigh", "show"))
+            if set(entry.get("state", ())) & {"FAILED", "INCOMPLETE"}
+            if entry["dst"] in hops and entry["dev"] in devices]
 
 
 def source_causes(found):
@@ -6228,14 +6251,14 @@ def place_words(flow, sight):
     return f"{'out of' if sight.out else 'in at'} {name}"
 
 
-def sight_words(flow, sight, first):
-    """A sight as a line says it: the answer's kind, the place, and what NAT has made of the ends."""
-    protocol, source, port, target, far_port = sight.packet.ends
-    _, *before = first.packet.ends
-    if sight.answer:
+def sight_words(flow, sight, last):
+    """A sight as a line says it: the answer's kind, the place, and what NAT has changed since the last."""
+    protocol, *ends = sight.packet.ends
+    _, *before = last.packet.ends
+    if sight.answer != last.answer:
         before = before[2:] + before[:2]
     changed = ""
-    for word, now, then in (("from", [source, port], before[:2]), ("to", [target, far_port], before[2:])):
+    for word, now, then in (("from", ends[:2], before[:2]), ("to", ends[2:], before[2:])):
         if now != then and not sight.packet.quoted:
             changed += f", {word} {now[0]}" + ("" if protocol == ICMP else f":{now[1]}")
     answer = f"answer ({sight.packet.kind}) " if sight.answer else ""
@@ -6297,8 +6320,8 @@ def trace_lines(found, ascii_only=False):
     """A trace as lines of text: where it was seen, what it came to, and why."""
     yes = is_answered(found)
     sign = (("\u2717", "\u2713"), ("NO", "ok"))[ascii_only][yes]
-    lines = [f"{milliseconds(sight, found.seen[0]):>9} ms  {sight_words(found.flow, sight, found.seen[0])}"
-             for sight in found.seen]
+    lines = [f"{milliseconds(sight, found.seen[0]):>9} ms  {sight_words(found.flow, sight, last)}"
+             for sight, last in zip(found.seen, found.seen[:1] + found.seen)]
     lines.append(f"{sign} {trace_verdict(found)}")
     if not yes:
         refused = found.causes and any(place_of(sight) == way(found.flow)[-1] for sight in found.seen)

@@ -77,6 +77,8 @@ RULES = (
     (PING, rules("raw", "OUTPUT", "-d 10.20.2.2 -j DROP", "ns-blog-web"), NEVER, "table raw, chain OUTPUT: -d 10.20.2.2/32"),
     (WEB_DB, rules("raw", "PREROUTING", "-s 10.20.2.2 -j DROP", "ns-blog-web"),
      "the answer was last seen in at blog/web's card", "table raw, chain PREROUTING: -s 10.20.2.2/32 -j DROP"),
+    (WEB_DB, (["iptables -t mangle -P FORWARD DROP"], ["iptables -t mangle -P FORWARD ACCEPT"]), AT_BRIDGE,
+     "table mangle, chain FORWARD: its policy DROP"),
     (WEB_DB, rules("filter", "FORWARD", "-d 10.20.2.2 -j REJECT"), AT_BRIDGE, "table filter, chain FORWARD: -d 10.20.2.2/32 -j REJECT"),
     (WEB_DB, rules("filter", "INPUT", "-p tcp --dport 5432 -j REJECT --reject-with tcp-reset", "ns-blog-db"), AT_DB,
      "table filter, chain INPUT: -p tcp -m tcp --dport 5432 -j REJECT"),
@@ -97,6 +99,7 @@ ROUTES = (
     (WEB_DB, routes("prohibit 10.20.2.0/24", WEB), NEVER, "rule 32766, table main: prohibit 10.20.2.0/24"),
     (WEB_DB, routes("unreachable 10.20.1.0/25", DB), AT_DB, "rule 32766, table main: unreachable 10.20.1.0/25"),
     (WEB_DB, routes("10.20.1.2 dev eth0 table 7001"), AT_BRIDGE, "rp_filter"),
+    (WEB_DB, broken("ip route del 10.20.0.0/16 table 7001"), AT_BRIDGE, "rule 7002, table 7000: unreachable 10.20.0.0/16"),
     (WEB_DB, lookup("pref 100 from 10.20.1.0/24 blackhole"), AT_BRIDGE, f"rule 100{NOT_OURS} says blackhole"),
     (WEB_DB, lookup("pref 100 from 10.20.1.0/24 iif br-blog prohibit"), AT_BRIDGE, f"rule 100{NOT_OURS} says prohibit"),
     (WEB_DB, lookup("pref 100 to 10.20.2.0/24 lookup 7000"), AT_BRIDGE,
@@ -110,6 +113,10 @@ LINKS = (
      f"neighbour entry in blog/web: 10.20.1.1 is at {WRONG}"),
     (WEB_DB, broken("bridge fdb del MAC dev v-blog-db-b master"), "last seen out of bridge br-blog",
      "port v-blog-db-b: forwarding entry for"),
+    (WEB_DB, (["bridge link set dev v-blog-web-b state 0"], ["bridge link set dev v-blog-web-b state 3"]),
+     "last seen in at port v-blog-web-b", "port v-blog-web-b is disabled, not forwarding"),
+    (WEB_DB, ([f"ip {DB}link set v-blog-db-a address {WRONG}"], [f"ip {DB}link set v-blog-db-a address MAC"]), AT_DB,
+     f"blog/db's card has hardware address {WRONG}"),
     (WEB_DB, links("v-blog-db-b"), "last seen out of bridge br-blog", "interface v-blog-db-b is up"),
     (WEB_DB, links("v-blog-web-b"), NEVER, "interface v-blog-web-b is up"),
     (WEB_DB, links("br-blog"), (NEVER, "last seen in at port v-blog-web-b"), "interface br-blog is up"),
@@ -176,16 +183,16 @@ class CommandTest(TraceTest):
     """The command itself, and what is no fault of the network."""
 
     def test_answers_and_exit_codes(self):
-        for words in (WEB_DB, WEB_API, OUT, PING, ("blog", "web", "10.20.1.1", "--protocol", "icmp"),
-                      ("blog", "db", "db", "--port", "5432")):
-            lines = cli("explain", *words, "--trace").out.splitlines()
-            self.assertRegex(lines[-1], r"\A✓ yes: answered \((SYN-ACK|echo reply)\) after \d+\.\d{3} ms\Z")
+        for words in (WEB_API, PING, ("blog", "web", "10.20.1.1", "--protocol", "icmp"), ("blog", "db", "db", "--port", "5432")):
+            self.assert_yes(words)
         told = cli("explain", *WEB_DB, "--trace").out.splitlines()
+        self.assertRegex(told[-1], r"\A✓ yes: answered \(SYN-ACK\) after \d+\.\d{3} ms\Z")
         times = [float(line.split()[0]) for line in told[-13:-1]]
         self.assertEqual((times[0], sorted(times)), (0.0, times))
-        mac = record("blog")["subnets"][1]["mac"]
-        cli("explain", *WEB_DB, "--trace")
-        self.run_all([f"bridge fdb del {mac} dev v-blog-db-b master"])
+        lines = cli("explain", *OUT, "--trace", env={"PYTHONIOENCODING": "ascii"}).out.splitlines()
+        self.assertRegex(lines[-6], r"\A +\d+\.\d{3} ms  out of eth0, from 192\.0\.2\.2:\d+\Z")
+        self.assertRegex(lines[-1], r"\Aok yes: answered \(SYN-ACK\) after")
+        self.run_all(["bridge fdb del MAC dev v-blog-db-b master"])
         cli("explain", *WEB_DB, "--trace", code=1)
         cli("restore")
 
@@ -207,6 +214,8 @@ class CommandTest(TraceTest):
         self.assertNotIn(NOT_OURS, self.assert_named(WEB_DB, AT_DB, "--comment policy-ingress-deny-5432 -j DROP"))
         cli("reset-policy", "blog", "db")
         self.assert_yes(WEB_DB)
+        self.assert_yes(("shop", "api", "blog/web", "--port", "80"))
+        self.assert_named(("blog", "db", "shop/api", "--port", "8080"), AT_BRIDGE, "rp_filter")
         self.assert_named(("blog", "web", "10.20.1.1", "--port", "22"), AT_BRIDGE, "table filter, chain vpc-in-blog")
         self.assert_named(("blog", "web", "10.20.2.77", "--port", "22"), AT_BRIDGE, "nobody answers ARP for 10.20.2.77")
 
