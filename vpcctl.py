@@ -2931,7 +2931,7 @@ def saved_rules(*options):
         answers = [call(["iptables-save", *options, "-t", table]) for table in ("filter", "nat", "raw", "mangle")]
         code, out, said = max(code for code, _, _ in answers), "".join(out for _, out, _ in answers), answers[0][2]
     if code:
-        raise Failure(("iptables-save",), said)
+        raise Failure(("iptables-save",) + options, said)
     return out
 
 
@@ -5765,7 +5765,12 @@ def trace(world, flow):
     finally:
         for _, tap in taps:
             tap.close()
-    return found if is_answered(found) else found._replace(causes=find_causes(world, found))
+    try:
+        if not is_answered(found):
+            find_causes(world, found)
+    except Failure as failure:
+        found.causes.append(f"could not look further: `{shown(failure.argv)}` failed: {failure.said}")
+    return found
 
 
 def look(flow, taps):
@@ -5976,22 +5981,20 @@ def in_place(space, work):
 # -- why was it not seen any further?
 
 def find_causes(world, found):
-    """Send the packet again and look what moves; compare what is there with the records -> lines of text."""
-    flow, space = found.flow, gap_space(found)
+    """Send the packet again and look what moves, and compare what is there with the records: fills its causes."""
+    flow, space, last, causes = found.flow, gap_space(found), last_seen(found), found.causes
     before = in_place(space, rule_counters)
     again = [send_traced(flow, 0.1) for _ in range(COPIES)]
-    causes = moved_rules(before, in_place(space, rule_counters))
+    causes.extend(moved_rules(before, in_place(space, rule_counters)))
     for look_for in (route_causes, hardware_causes, neighbour_causes, source_causes):
-        causes += look_for(found)
-    causes += drift_causes(world, flow)
-    last = last_seen(found)
+        causes.extend(look_for(found))
+    causes.extend(drift_causes(world, flow))
     if not causes and last and place_of(last) == arrival(flow):
-        causes += in_place(space, lambda: listener_causes(flow))
+        causes.extend(in_place(space, lambda: listener_causes(flow)))
     if not causes:
-        causes = [f"perhaps {text}: it has no counter" for text in before if before[text] is None][:5]
+        causes.extend([f"perhaps {rule}: it has no counter" for rule in before if before[rule] is None][:5])
     if found.outcome != "open" and "open" in again:
         causes.append(f"of {COPIES} sent again, {again.count('open')} were answered: not each is lost")
-    return causes
 
 
 def rule_counters():
@@ -6070,22 +6073,24 @@ def route_causes(found):
 def routing(flow, target, source, device, wanted):
     """Called in a namespace: ask for the way to `target` of a packet that came in by `device` (None: its own)
     -> lines, if there is none or not by the interface wanted."""
-    argv = ["ip", "-j", "-4", "route", "get", target] + (["from", source, "iif", device] if device else [])
-    code, out, said = call(argv)
-    taken = json.loads(out)[0].get("dev") if not code and out.strip() else None
-    if not code and (not wanted or taken == wanted):
+    words, reason, taken = ("from", source, "iif", device) if device else (), "", None
+    try:
+        ways = ask("ip", "-j", "-4", "route", "get", target, *words, has="dev")
+        taken = ways[0]["dev"] if ways else None
+    except Failure as failure:
+        reason = failure.said.rpartition("answers: ")[2]
+    if not reason and wanted in (None, taken):
         return []
-    rules = ask("ip", "-j", "-4", "rule", "show")
-    routes = ask("ip", "-j", "-4", "route", "show", "table", "all", "match", target)
+    rules = ask("ip", "-j", "-4", "rule", "show", has="priority")
+    routes = ask("ip", "-j", "-4", "route", "show", "table", "all", "match", target, has="dst")
     kind, decided, out_by = deciding_route(rules, routes, flow, target, source, device)
-    if not code:
+    if not reason:
         return [f"routing: out by {taken}: {decided}"]
     if kind in DEAD_ENDS or not kind:
         return [f"routing: {decided}"]
-    reason = said.rpartition("answers: ")[2].strip()
     if device and reason in ("Invalid argument", "Invalid cross-device link"):
         # The kernel looks for the way back as if the packet came in where it is to go out.
-        routes = ask("ip", "-j", "-4", "route", "show", "table", "all", "match", source)
+        routes = ask("ip", "-j", "-4", "route", "show", "table", "all", "match", source, has="dst")
         back = deciding_route(rules, routes, flow, source, target, out_by)[1]
         reason = f"{source} may not come in by {device} (rp_filter), as the way back to it is another: {back}"
     elif device and sysctl_value(link_conf("ipv4", device, "forwarding")) == "0":
@@ -6112,7 +6117,8 @@ def deciding_route(rules, routes, flow, target, source, device):
         kind = route.get("type", "unicast")
         shown_route = [kind] * (kind != "unicast") + [route["dst"]] + [
             f"{word} {route[key]}" for word, key in (("via", "gateway"), ("dev", "dev")) if key in route]
-        return kind, f"{words}, table {rule['table']}: {' '.join(shown_route)}", route.get("dev")
+        foreign = FOREIGN * (kind in DEAD_ENDS and str(route.get("protocol")) != PROTOCOL)
+        return kind, f"{words}, table {rule['table']}: {' '.join(shown_route)}{foreign}", route.get("dev")
     return None, f"no rule and no table knows a way to {target}", None
 
 
@@ -6148,15 +6154,15 @@ def hardware_causes(found):
     flow, causes = found.flow, []
     for vpc, subnet in flow_ends(flow):
         name, card = f"{vpc['name']}/{subnet['name']}", subnet["veth"] + "-a"
-        for entry in in_place(subnet["ns"], lambda: ask("ip", "-j", "-4", "neigh", "show")):
+        for entry in in_place(subnet["ns"], lambda: ask("ip", "-j", "-4", "neigh", "show", has="dst")):
             if entry["dst"] == subnet["gw"] and entry.get("lladdr", vpc["mac"]) != vpc["mac"]:
                 causes.append(f"neighbour entry in {name}: {entry['dst']} is at {entry['lladdr']}, but "
                               f"bridge {vpc['bridge']} has {vpc['mac']}")
-        for link in in_place(subnet["ns"], lambda: ask("ip", "-j", "link", "show")):
+        for link in in_place(subnet["ns"], lambda: ask("ip", "-j", "link", "show", has="ifname")):
             if link["ifname"] == card and link.get("address") != subnet["mac"]:
                 causes.append(f"{name}'s card has hardware address {link['address']}, not {subnet['mac']}")
     devices = {device for _, device, _, _ in way(flow)}
-    for link in ask("ip", "-j", "-d", "link", "show"):
+    for link in ask_links():
         state = link.get("linkinfo", {}).get("info_slave_data", {}).get("state", "forwarding")
         if link["ifname"] in devices and state != "forwarding" and "UP" in link["flags"]:
             causes.append(f"port {link['ifname']} is {state}, not forwarding")
@@ -6168,10 +6174,10 @@ def neighbour_causes(found):
     flow = found.flow
     hops = {address for sight in found.seen for address in sight.packet.ends[1::2]}
     hops |= {flow.source["gw"], flow.address}
-    hops |= {route.get("gateway") for route in ask("ip", "-j", "-4", "route", "show", "default")}
+    hops |= {route.get("gateway") for route in ask("ip", "-j", "-4", "route", "show", "default", has="dst")}
     devices = {device for _, device, _, _ in way(flow)}
     return [f"nobody answers ARP for {entry['dst']} on {entry['dev']}"
-            for entry in in_place(gap_space(found), lambda: ask("ip", "-j", "-4", "neigh", "show"))
+            for entry in in_place(gap_space(found), lambda: ask("ip", "-j", "-4", "neigh", "show", has="dst"))
             if set(entry.get("state", ())) & {"FAILED", "INCOMPLETE"}
             if entry["dst"] in hops and entry["dev"] in devices]
 
@@ -6182,7 +6188,7 @@ def source_causes(found):
     if not last or last.answer or found.flow.far or place_of(last)[:3] != (HOST, last.device, True):
         return []
     own = {address.get("local")
-           for link in ask("ip", "-j", "-4", "addr", "show")
+           for link in ask("ip", "-j", "-4", "addr", "show", has="ifname")
            for address in link.get("addr_info", ())}
     source = last.packet.ends[1]
     return [] if source in own else [f"it left with {source}, no address of this host: no answer finds back"]

@@ -268,6 +268,17 @@ class CommandTest(TraceTest):
         self.run_all(undo + quiet)
         self.assert_yes(WEB_DB)
 
+    def test_a_tool_that_fails(self):
+        """What was seen is told, also where the rules cannot be looked at."""
+        path = os.path.dirname(self.file("iptables-save", "#!/bin/sh\necho no rules today >&2\nexit 1\n"))
+        os.chmod(os.path.join(path, "iptables-save"), 0o755)
+        plant, undo = rules("raw", "PREROUTING", "-s 10.20.1.2 -j DROP")
+        self.run_all(plant)
+        told = cli("explain", *WEB_DB, "--trace", code=1, env={"PATH": path + ":" + os.environ["PATH"]}).out
+        self.run_all(undo)
+        self.assertIn(" ms  in at port v-blog-web-b\n", told)
+        self.assertIn("could not look further: `iptables-save -c` failed: no rules today", told)
+
     @unittest.skipUnless(vpcctl.find_tool("nft"), "needs nft")
     def test_rules_that_iptables_does_not_show(self):
         for words, told in (("counter drop", "chain stop: ip daddr 10.20.2.2 drop" + NOT_OURS + ": counted 3 packets"),

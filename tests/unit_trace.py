@@ -248,7 +248,9 @@ class RouteTest(unittest.TestCase):
         self.assertEqual(self.decide([self.OWN]), ("unicast", "rule 7001, table 7001: 10.20.0.0/16 dev br-blog"))
         for block in ("10.20.2.0/24", "10.20.2.2"):
             dead = {"type": "blackhole", "dst": block, "table": "7001"}
-            self.assertEqual(self.decide([self.OWN, dead]), ("blackhole", f"rule 7001, table 7001: blackhole {block}"))
+            self.assertEqual(self.decide([self.OWN, dead]), ("blackhole", f"rule 7001, table 7001: blackhole {block} (not vpcctl's)"))
+        own = {"type": "unreachable", "dst": "10.20.2.0/24", "table": "7001", "protocol": "118"}
+        self.assertEqual(self.decide([own])[1], "rule 7001, table 7001: unreachable 10.20.2.0/24")
         self.assertEqual(self.decide([{"dst": "default", "gateway": "192.0.2.1", "dev": "eth0"}], device=None),
                          ("unicast", "rule 32766, table main: default via 192.0.2.1 dev eth0"))
 
