@@ -5319,8 +5319,8 @@ def explain(ctl, args):
     vpc = ctl.vpc(args.vpc)
     subnet = ctl.subnet(vpc, args.subnet)
     asked = (ctl.world, args.vpc, args.subnet, args.target, args.port, args.protocol)
-    if args.probe and args.protocol == "all":
-        raise Problem("a probe speaks tcp, udp or icmp", "leave --probe out, or name one of these")
+    if (args.probe or args.trace) and args.protocol == "all":
+        raise Problem("a probe speaks tcp, udp or icmp", "leave --probe and --trace out, or name one of these")
     if args.policy:
         found = path_policy(*asked)
         if not found:
@@ -5981,7 +5981,7 @@ def in_place(space, work):
 # -- why was it not seen any further?
 
 def find_causes(world, found):
-    """Send the packet again and look what moves, and compare what is there with the records: fills its causes."""
+    """Fill in the causes: send again and look what moves, then compare what is there with the records."""
     flow, space, last, causes = found.flow, gap_space(found), last_seen(found), found.causes
     before = in_place(space, rule_counters)
     again = [send_traced(flow, 0.1) for _ in range(COPIES)]

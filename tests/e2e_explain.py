@@ -358,6 +358,7 @@ class FaultsTest(SandboxTest):
                             (("blog", "web", "till.shop"), "knows no name"), (("blog", "web", "10.20.1.300"), "is not an IPv4 address"),
                             (("blog", "web", "10.20.1.02"), "leading zeros"), (("blog", "web", "db", "--protocol", "all", "--port", 80), "no port"),
                             (("blog", "web", "db", "--protocol", "all", "--probe"), "a probe speaks tcp"),
+                            (("blog", "web", "db", "--protocol", "all", "--trace"), "a probe speaks tcp"),
                             (("blog", "web", "db", "--protocol", "udp"), "--port"),
                             (("blog", "web", "db", "--port", "0"), "not a port"),
                             (("blog", "web", "db", "--protocol", "sctp"), "sctp"),
