@@ -5725,7 +5725,7 @@ BEFORE_ROUTING = "; PREROUTING of raw, mangle, nat"
 ANSWERS_YES = ("SYN-ACK", "datagram", "echo reply")
 Frame = namedtuple("Frame", "ends mark kind quoted")    # ends: (protocol, source, port, target, port)
 Sighting = namedtuple("Sighting", "time space device out answer packet")
-Trace = namedtuple("Trace", "flow outcome seen missed causes")
+Trace = namedtuple("Trace", "flow outcome seen missed causes here")    # here: the target is the host itself
 
 
 def show_trace(ctl, flow):
@@ -5787,7 +5787,9 @@ def look(flow, taps):
         heard = [sight for space, tap in taps for sight in read_tap(space, tap)]
         seen = ours(heard, flow, sent[0] if sent else None)
         if not seen or seen[0].time < end or time.monotonic() > deadline:
-            return Trace(flow, outcome, seen, sum(lost_frames(tap) for _, tap in taps), [])
+            missed = sum(lost_frames(tap) for _, tap in taps)
+            here = flow.address in (router_addresses(flow.far) if flow.far else host_addresses())
+            return Trace(flow, outcome, seen, missed, [], here)
         time.sleep(0.02)
 
 
@@ -5946,13 +5948,15 @@ def is_answered(found):
         return found.outcome == "open"
     if found.flow.host:
         return any(place_of(sight) == arrival(found.flow) for sight in found.seen)
-    return is_gateway(found.flow) or any((sight.space, sight.out, sight.answer) == (HOST, True, False)
-                                         for sight in found.seen)
+    left = any((sight.space, sight.out, sight.answer) == (HOST, True, False) for sight in found.seen)
+    return found.here or left
 
 
-def is_gateway(flow):
-    """Whether the target is the host itself: a gateway's address."""
-    return bool(flow.far) and flow.address in router_addresses(flow.far)
+def host_addresses():
+    """The addresses of the host."""
+    return {address.get("local")
+            for link in ask("ip", "-j", "-4", "addr", "show", has="ifname")
+            for address in link.get("addr_info", ())}
 
 
 def last_seen(found):
@@ -6187,11 +6191,10 @@ def source_causes(found):
     last = last_seen(found)
     if not last or last.answer or found.flow.far or place_of(last)[:3] != (HOST, last.device, True):
         return []
-    own = {address.get("local")
-           for link in ask("ip", "-j", "-4", "addr", "show", has="ifname")
-           for address in link.get("addr_info", ())}
     source = last.packet.ends[1]
-    return [] if source in own else [f"it left with {source}, no address of this host: no answer finds back"]
+    if source in host_addresses():
+        return []
+    return [f"it left with {source}, no address of this host: no answer finds back"]
 
 
 def drift_causes(world, flow):
@@ -6293,7 +6296,7 @@ def next_words(found):
     if last.out:
         return f"beyond {last.device}: nobody there answers, or not to this address"
     after = f"FORWARD -> {flow.home['chain']}; POSTROUTING"
-    if is_gateway(flow):
+    if found.here:
         after = f"INPUT -> {flow.home['chain_in']}"
     return (f"the host{BEFORE_ROUTING}; routing rules {PREF_OWN} to {PREF_SHUT}, table {flow.home['table']}; "
             f"{after}")

@@ -219,6 +219,14 @@ class CommandTest(TraceTest):
         self.assert_named(("blog", "web", "10.20.1.1", "--port", "22"), AT_BRIDGE, "table filter, chain vpc-in-blog")
         self.assert_named(("blog", "web", "10.20.2.77", "--port", "22"), AT_BRIDGE, "nobody answers ARP for 10.20.2.77")
 
+    def test_an_address_of_the_host(self):
+        asked, (plant, undo) = ("blog", "web", "192.0.2.2", "--port", "6000"), rules("filter", "INPUT", "-p tcp -j ACCEPT")
+        with tcp_listener(None, 6000):
+            self.assert_named(asked, AT_BRIDGE, "table filter, chain vpc-in-blog: ")
+            self.run_all(plant)
+            self.assert_yes(asked)
+            self.run_all(undo)
+
     def test_probe_shows_it_when_it_disagrees(self):
         self.assertNotIn(" ms", cli("explain", *WEB_DB, "--probe").out)
         self.run_all(["iptables -t raw -I PREROUTING -s 10.20.1.2 -j DROP"])

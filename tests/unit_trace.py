@@ -70,7 +70,8 @@ BACK = [("v-blog-db-a", "out", ANSWERED), ("v-blog-db-b", "in", ANSWERED), ("br-
 def tale(seen, outcome="silence", flow=None, number=4000, causes=(), missed=0):
     """A trace of what was seen."""
     flow = flow or make_flow()
-    return vpcctl.Trace(flow, outcome, vpcctl.ours(sights(*seen), flow, number), missed, list(causes))
+    here = bool(flow.far) and flow.address in vpcctl.router_addresses(flow.far)
+    return vpcctl.Trace(flow, outcome, vpcctl.ours(sights(*seen), flow, number), missed, list(causes), here)
 
 
 class PacketTest(unittest.TestCase):
