@@ -6295,11 +6295,9 @@ def next_words(found):
             return f"bridge {vpc['bridge']}: entry (fdb) of the subnet's hardware address; its port"
     if last.out:
         return f"beyond {last.device}: nobody there answers, or not to this address"
-    after = f"FORWARD -> {flow.home['chain']}; POSTROUTING"
-    if found.here:
-        after = f"INPUT -> {flow.home['chain_in']}"
-    return (f"the host{BEFORE_ROUTING}; routing rules {PREF_OWN} to {PREF_SHUT}, table {flow.home['table']}; "
-            f"{after}")
+    vpc = flow.far if flow.far and last.answer else flow.home
+    after = f"INPUT -> {vpc['chain_in']}" if found.here else f"FORWARD -> {vpc['chain']}; POSTROUTING"
+    return f"the host{BEFORE_ROUTING}; routing rules {PREF_OWN} to {PREF_SHUT}, table {vpc['table']}; {after}"
 
 
 def trace_verdict(found):
