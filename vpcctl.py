@@ -4282,18 +4282,50 @@ def app_tag(app):
     return "%s/%d" % (app["ns"], app["port"])
 
 
-def listening(table="self", kinds=("tcp", "tcp6", "udp", "udp6")):
-    """Ports with a listener in the calling thread's namespace (or that of a process)."""
-    ports = set()
-    base = "/proc/thread-self/net/" if table == "self" else "/proc/%s/net/" % table
+Listener = namedtuple("Listener", "kind address port inode")    # kind: tcp, tcp6, udp, udp6
+
+
+def listeners(table="thread-self", kinds=("tcp", "tcp6", "udp", "udp6")):
+    """Sockets that take what comes, in the calling thread's namespace (or that of a process) -> Listeners."""
+    found = []
     for kind in kinds:
         try:
-            with open(base + kind) as rows:
-                ports.update(int(row.split()[1].rpartition(":")[2], 16) for row in list(rows)[1:]
-                             if row.split()[3] == ("0A" if kind.startswith("tcp") else "07"))
+            with open(f"/proc/{table}/net/{kind}") as rows:
+                fields = [row.split() for row in list(rows)[1:]]
         except OSError:
             continue                              # this kernel has no IPv6
-    return ports
+        for row in fields:
+            if row[3] == ("0A" if kind.startswith("tcp") else "07"):
+                address, _, port = row[1].rpartition(":")
+                found.append(Listener(kind, printed_address(address), int(port, 16), int(row[9])))
+    return found
+
+
+def printed_address(digits):
+    """An address as /proc/net prints it (words in this machine's byte order) -> as people write it; an IPv4
+    address that an IPv6 socket holds is written as IPv4."""
+    import ipaddress
+    words = [int(digits[place:place + 8], 16).to_bytes(4, sys.byteorder) for place in range(0, len(digits), 8)]
+    address = ipaddress.ip_address(b"".join(words))
+    return str(getattr(address, "ipv4_mapped", None) or address)
+
+
+def listening(table="thread-self", kinds=("tcp", "tcp6", "udp", "udp6")):
+    """Ports with a listener in the calling thread's namespace (or that of a process)."""
+    return {found.port for found in listeners(table, kinds)}
+
+
+def socket_owner(inode, space):
+    """The short name of the process in a namespace that holds a socket; an empty string if none is found."""
+    known = processes()
+    for pid in processes_in([space], known):
+        try:
+            for number in os.listdir(f"/proc/{pid}/fd"):
+                if os.readlink(f"/proc/{pid}/fd/{number}") == f"socket:[{inode}]":
+                    return known[pid].name
+        except OSError:
+            continue                              # it has just ended, or is another user's
+    return ""
 
 
 def process_start(pid):
@@ -5219,89 +5251,218 @@ def capability_notes(world, seen):
 @command("test-connectivity", "test-connectivity blog web 10.20.2.2 --port 5432", VPC,
          arg("subnet", type=name_type, metavar="SUBNET", help="where the test starts", complete="subnet"),
          arg("target", metavar="TARGET", help="an address, VPC/SUBNET, or a name", complete="target"),
-         arg("--port", type=port_type, metavar="PORT", help="try this TCP port (default: ping)"), root=True)
+         arg("--port", type=port_type, metavar="PORT", help="try this port (default: ping)"),
+         arg("--protocol", choices=("tcp", "udp", "icmp"), help="tcp (default with --port), udp, icmp (ping)"),
+         arg("--expect", choices=("open", "blocked", "refused"), default="open",
+             help="what is to come of it, for the exit code: 0 if it does (default: open)"),
+         arg("--json", action="store_true", help="the answer as JSON"), root=True)
 def test_connectivity(ctl, args):
     """send a packet from a subnet and say what came of it"""
-    vpc = ctl.vpc(args.vpc)
-    subnet = ctl.subnet(vpc, args.subnet)
-    address = resolve_target(ctl.world, args.vpc, args.subnet, args.target)
+    subnet = ctl.subnet(ctl.vpc(args.vpc), args.subnet)
+    protocol = args.protocol or ("tcp" if args.port else "icmp")
+    flow = path_flow(ctl.world, args.vpc, args.subnet, args.target, args.port, protocol)
     if ctl.dry_run:
-        return ctl.say(">>> " + shown(probe_words(subnet["ns"], address, args.port, "tcp")))
-    if not os.path.exists(os.path.join(NETNS_DIR, subnet["ns"])):
-        raise Problem("subnet %s is down: there is no namespace %s" % (args.subnet, subnet["ns"]),
-                      "`vpcctl restore` brings it up", 3)
-    answer = in_namespace(subnet["ns"], lambda: probe(address, args.port))
-    what = "%s port %d" % (address, args.port) if args.port else "%s (ping)" % address
-    ctl.say("%s %s -> %s: %s" % (mark(answer == "open"), args.subnet, what, OUTCOMES[answer]))
-    if answer != "open":
-        hops = explain_path(ctl.world, args.vpc, args.subnet, address, args.port, "tcp" if args.port else "icmp")
-        blocking = [hop for hop in hops if hop.ok is False]
-        for line in render_explain(blocking)[1:] if blocking else ["by the records it should pass: `vpcctl verify` "
-                                                                   "looks for what is missing"]:
-            ctl.say("  " + line)
-    return 0 if answer == "open" else 1
+        return ctl.say(f">>> {shown(probe_words(flow))}")
+    hops, reply = list(explained(flow, Sight(ctl.world))), send(flow)
+    answer = verdict(flow, reply, hops)
+    good = answer in EXPECTED[args.expect]
+    reasons = answer_reasons(flow, answer, hops)
+    if args.json:
+        ctl.show(json.dumps({"from": end_name(flow.home, flow.source),
+                             "to": end_name(flow.far, flow.host) or flow.address, "address": flow.address,
+                             "protocol": protocol, "port": flow.port, "answer": answer,
+                             "expected": args.expect, "ok": good, "why": (reasons or [None])[0]}, indent=2))
+        return 0 if good else 1
+    goal = f"{end_name(flow.far, flow.host)} ({flow.address})" if flow.host else flow.address
+    ctl.say(f"{mark(good)} {end_name(flow.home, flow.source)} -> {goal} {flow.what}: {answer}")
+    for line in reasons:
+        ctl.say("  " + line)
+    return 0 if good else 1
 
 
-OUTCOMES = {"open": "open", "refused": "refused: the host answered, nothing listens there",
-           "silence": "no answer: dropped on the way", "no way": "no route: the router says that there is no way"}
+EXPECTED = {"open": ("open",), "refused": ("refused",), "blocked": ("rejected", "no route", "no answer")}
+# What came back, and who sent it (an address, or "": nobody); number: the port it was sent from, or the ping's number.
+Reply = namedtuple("Reply", "kind sender number")
+Reply.__new__.__defaults__ = (0,)
+NO_REPLY = Reply("silence", "")
 
 
-def probe(address, port=None, protocol="tcp", patience=2.0, note=None):
-    """Called in a namespace: send a packet and wait -> a key of OUTCOMES. Without a port, or for icmp: ping. `note` is
-    told the port that it is sent from, or the ping's number."""
-    import socket
-    kind = socket.SOCK_STREAM if port and protocol == "tcp" else socket.SOCK_DGRAM
-    if not port or protocol == "icmp":
-        return ping(address, patience, note)
-    with socket.socket(socket.AF_INET, kind) as opened:
-        opened.settimeout(patience)
-        try:
-            opened.bind(("", 0))
-            if note:
-                note(opened.getsockname()[1])
-            opened.connect((address, port))
-            if protocol == "udp":
-                opened.send(b"vpcctl" + os.urandom(6))     # by what it carries, it is known behind NAT
-                opened.recv(1)
-            return "open"
-        except socket.timeout:
-            return "silence"
-        except OSError as error:
-            if error.errno == errno.ECONNREFUSED:
-                return "refused"
-            if error.errno in (errno.EHOSTUNREACH, errno.ENETUNREACH):
-                return "no way"
-            return "silence" if error.errno in (errno.ETIMEDOUT, errno.EPERM) else "refused"
+def end_name(vpc, subnet):
+    """VPC/SUBNET, or an empty string where no record knows the end."""
+    return f"{vpc['name']}/{subnet['name']}" if subnet else ""
 
 
-def ping(address, patience, note=None):
-    """One echo request, by hand: `ping` is not installed everywhere."""
-    import socket
-    import struct
+def send(flow, patience=2.0):
+    """Send the packet of a flow from its namespace -> Reply."""
+    need_up([(flow.home, flow.source)])
+    question = flow.address, flow.port, flow.protocol
+    return in_namespace(flow.source["ns"], lambda: probe([question], patience)[0])
+
+
+def need_up(ends):
+    """A Problem unless the namespaces of these subnets, with their VPCs, are there."""
+    for vpc, subnet in ends:
+        if not is_namespace(subnet["ns"]):
+            raise Problem(f"subnet {subnet['name']} is down: there is no namespace {subnet['ns']}",
+                          f"`vpcctl restore {vpc['name']}` brings it up", 3)
+
+
+def probe_words(flow):
+    """The command that sends the packet of a flow by hand."""
+    words = {"tcp": ("nc", "-z", "-w", "3", flow.address, str(flow.port)),
+             "udp": ("nc", "-zu", "-w", "3", flow.address, str(flow.port)),
+             "icmp": ("ping", "-c", "1", "-W", "3", flow.address)}
+    return ("ip", "netns", "exec", flow.source["ns"]) + words[flow.protocol]
+
+
+def blocking(hops):
+    """The hop that blocks, or None."""
+    return next((hop for hop in hops if hop.ok is False), None)
+
+
+def is_heard(hops):
+    """Whether something was seen that listens at the end of the way."""
+    return any(hop.where == "listening" and hop.ok for hop in hops)
+
+
+def verdict(flow, reply, hops):
+    """What came of a packet, in one word for one cause -> open, refused, rejected, no route or no answer.
+
+    Where the hops know what stops it, that decides: the kernel limits how many ICMP errors it sends, so that one
+    and the same cause is told at one time and not at another.
+    """
+    block = blocking(hops)
+    far_end = reply.kind == "reset" or (
+        (reply.kind, reply.sender, flow.protocol) == ("port", flow.address, "udp"))
+    if reply.kind == "open":
+        return "open"
+    if block and not (far_end and block.answer == "no answer"):
+        return block.answer
+    if far_end:                                   # where something listens, a rule has forged that answer
+        return "rejected" if is_heard(hops) else "refused"
+    return {"port": "rejected", "prohibited": "rejected", "unreachable": "no route"}.get(reply.kind, "no answer")
+
+
+def answer_reasons(flow, answer, hops):
+    """Why a packet had that answer, as lines of text, the reason first."""
+    block = blocking(hops)
+    if answer == "open":
+        return [f"although {block.where} should stop it: {block.text}"] if block else []
+    if block:
+        return render_end(block)
+    if flow.protocol == "udp" and answer == "no answer" and is_heard(hops):
+        return ["something listens there, and need not answer what it does not understand"]
+    unknown = [f"? {hop.where}: {hop.text}" for hop in hops if hop.ok is None]
+    return (unknown or ["nothing is seen that would stop it"]) + [
+        f"to see where it is lost: vpcctl explain {flow.home['name']} {flow.source['name']} {flow.address}"
+        f"{flow.options} --trace"]
+
+
+def probe(questions, patience=2.0):
+    """Called in a namespace: send a packet for each (address, port, protocol), all at once -> their Replies."""
+    import select
     import time
+    probes, poll = [Probe(*question) for question in questions], select.poll()
+    waiting = {one.socket.fileno(): one for one in probes if one.send()}
+    for number, one in waiting.items():
+        poll.register(number, one.events)
+    deadline = time.monotonic() + patience
+    while waiting and time.monotonic() < deadline:
+        for number, _ in poll.poll(max(1, (deadline - time.monotonic()) * 1000)):
+            if waiting[number].look():
+                poll.unregister(number)
+                del waiting[number]
+    for one in probes:
+        one.socket.close()
+    return [one.reply._replace(number=one.number) for one in probes]
+
+
+class Probe:
+    """One packet, and what came of it: `reply`. It carries something of its own: so it is known behind NAT."""
+
+    def __init__(self, address, port, protocol):
+        import select
+        import socket
+        self.target, self.protocol, self.reply = (address, port or 0), protocol, NO_REPLY
+        kind, number = {"tcp": (socket.SOCK_STREAM, 0), "udp": (socket.SOCK_DGRAM, 0),
+                        "icmp": (socket.SOCK_RAW, socket.IPPROTO_ICMP)}[protocol]
+        self.socket = socket.socket(socket.AF_INET, kind, number)
+        self.socket.setblocking(False)
+        self.socket.setsockopt(socket.IPPROTO_IP, 11, 1)                  # IP_RECVERR: who sent the error, too
+        self.events = select.POLLIN | (select.POLLOUT if protocol == "tcp" else 0)
+        self.packet = echo_request() if protocol == "icmp" else b"vpcctl" + os.urandom(6)
+        if protocol == "icmp":
+            self.number = int.from_bytes(self.packet[4:6], "big")
+        else:
+            self.socket.bind(("", 0))
+            self.number = self.socket.getsockname()[1]
+
+    def send(self):
+        """Send it -> whether there is something to wait for."""
+        try:
+            self.socket.connect(self.target)
+            if self.protocol != "tcp":
+                self.socket.send(self.packet)
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            return not self.failed(error.errno)
+        return True
+
+    def look(self):
+        """Something came -> whether it is the answer."""
+        import socket
+        try:
+            if self.protocol == "tcp":
+                number = self.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+                if number:
+                    self.failed(number)
+                else:
+                    self.reply = Reply("open", self.target[0])
+                return True
+            answer = self.socket.recv(1500)
+        except BlockingIOError:
+            return self.failed(0)
+        except OSError as error:
+            return self.failed(error.errno)
+        body = answer[(answer[0] & 15) * 4:] if self.protocol == "icmp" else b""
+        if self.protocol == "icmp" and (body[0] or body[4:6] != self.packet[4:6]):
+            return False                          # an answer to somebody else's ping, or our own to ourselves
+        self.reply = Reply("open", self.target[0])
+        return True
+
+    def failed(self, number):
+        """An error came: what it was, from the error queue if it is an ICMP message -> whether it counts."""
+        import errno
+        import socket
+        import struct
+        kinds = {errno.ECONNREFUSED: "reset", errno.ECONNRESET: "reset", errno.EACCES: "prohibited",
+                 errno.EPERM: "silence", errno.ETIMEDOUT: "silence"}
+        try:
+            sent, notes, _, _ = self.socket.recvmsg(512, 512, 0x2000)                   # MSG_ERRQUEUE
+            if self.protocol == "icmp" and sent[4:6] != self.packet[4:6]:
+                return False
+            for level, kind, data in notes:
+                origin, what, code = struct.unpack_from("=4xBBB", data)
+                if (level, kind, origin, what) == (socket.IPPROTO_IP, 11, 2, 3):        # it is an ICMP "unreachable"
+                    word = {2: "port", 3: "port", 9: "prohibited", 10: "prohibited", 13: "prohibited"}
+                    self.reply = Reply(word.get(code, "unreachable"), socket.inet_ntoa(data[20:24]))
+                    return True
+        except OSError:
+            pass                                  # the queue is empty: this machine's own error, or a reset
+        if number:
+            self.reply = Reply(kinds.get(number, "unreachable"), "")
+        return bool(number)
+
+
+def echo_request():
+    """A ping, by hand: `ping` is not installed everywhere."""
+    import struct
     number = int.from_bytes(os.urandom(2), "big")     # others may be pinging here as well
     body = struct.pack("!BBHHH", 8, 0, 0, number, 1) + b"vpcctl" + os.urandom(6)
-    if note:
-        note(number)
-    total = sum(struct.unpack("!%dH" % (len(body) // 2), body))
+    total = sum(struct.unpack(f"!{len(body) // 2}H", body))
     total = (total & 0xffff) + (total >> 16)
-    packet = body[:2] + struct.pack("!H", ~(total + (total >> 16)) & 0xffff) + body[4:]
-    with socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP) as opened:
-        deadline = time.monotonic() + patience
-        try:
-            opened.sendto(packet, (address, 0))
-            while True:
-                opened.settimeout(max(0.001, deadline - time.monotonic()))
-                answer = opened.recv(1500)
-                kind = answer[(answer[0] & 15) * 4:]
-                if kind[0] == 0 and kind[4:6] == packet[4:6]:
-                    return "open"
-                if kind[0] == 3 and packet[4:8] in kind:
-                    return "no way"
-        except (socket.timeout, PermissionError):     # not permitted: its own egress policy dropped it
-            return "silence"
-        except OSError:
-            return "no way"
+    return body[:2] + struct.pack("!H", ~(total + (total >> 16)) & 0xffff) + body[4:]
 
 
 # ------------------------------------------------------------------------------------------------ explain: why is it blocked?
@@ -5313,11 +5474,11 @@ def ping(address, patience, note=None):
              help="tcp (default), udp, icmp (ping) or all: any but these three, of which only rules for all speak"),
          arg("--probe", action="store_true", help="also send the packet, and say if it disagrees (needs root)"),
          arg("--trace", action="store_true", help="also send the packet, and show where it is seen (needs root)"),
-         arg("--policy", action="store_true", help="print the policy that would let it pass, for apply-policy"))
+         arg("--policy", action="store_true", help="print the policy that would let it pass, for apply-policy"),
+         arg("--json", action="store_true", help="the hops as JSON"))
 def explain(ctl, args):
     """walk the way of a packet, hop by hop, and say what blocks it and which command would allow it"""
-    vpc = ctl.vpc(args.vpc)
-    subnet = ctl.subnet(vpc, args.subnet)
+    ctl.subnet(ctl.vpc(args.vpc), args.subnet)
     asked = (ctl.world, args.vpc, args.subnet, args.target, args.port, args.protocol)
     if (args.probe or args.trace) and args.protocol == "all":
         raise Problem("a probe speaks tcp, udp or icmp", "leave --probe and --trace out, or name one of these")
@@ -5328,31 +5489,56 @@ def explain(ctl, args):
         return ctl.show(json.dumps(found[1], indent=2))
     if (args.probe or args.trace) and not ctl.dry_run:
         need_root()
-    hops = explain_path(*asked)
-    say_signed(ctl, render_explain(hops, "ok" in mark(True)))
-    passes = not any(hop.ok is False for hop in hops)
     flow = path_flow(*asked)
-    if args.trace or (args.probe and ctl.dry_run):
-        return 0 if show_trace(ctl, flow) else 1
+    hops = list(explained(flow, Records() if ctl.dry_run else Sight(ctl.world)))
+    if not args.json:
+        say_signed(ctl, render_explain(hops, "ok" in mark(True)))
+    answer, found = sent(ctl, flow, hops, args)
+    blocked = blocking(hops) is not None
+    if args.json:
+        passes = False if blocked else all(hop.ok for hop in hops) or None
+        told = [{key: getattr(hop, key) for key in ("ok", "where", "text", "remedy")} for hop in hops]
+        ctl.show(json.dumps({"from": end_name(flow.home, flow.source),
+                             "to": end_name(flow.far, flow.host) or flow.address,
+                             "protocol": flow.protocol, "port": flow.port, "passes": passes,
+                             "hops": told, "probe": answer, "trace": found and trace_data(found)}, indent=2))
+    elif found:
+        say_signed(ctl, trace_lines(found, "ok" in mark(True)))
+    return 1 if blocked or (answer or "open") != "open" or (found and not is_answered(found)) else 0
+
+
+def sent(ctl, flow, hops, args):
+    """Send the packet if that was asked for -> (its answer or None, its Trace or None). Where the answer is not
+    what the hops say, it is traced, too. A dry run shows how to do it by hand."""
+    answer, found = None, None
+    if ctl.dry_run:
+        for argv in [*taps_by_hand(flow)] * args.trace + [shown(probe_words(flow))] * (args.probe or args.trace):
+            ctl.say(f">>> {argv}")
+        return answer, found
     if args.probe:
-        answer = send_traced(flow, 2.0)
-        ctl.say("probe: %s" % OUTCOMES[answer])
-        if (answer == "open") != passes:
-            ctl.say("probe and records disagree; where the packet is seen:")
-            show_trace(ctl, flow)
-            return 1
-    return 0 if passes else 1
+        answer = verdict(flow, send(flow), hops)
+    differs = answer and (answer == "open") == (blocking(hops) is not None)
+    if args.trace or differs:
+        found = trace(ctl.world, flow)
+    if answer and not args.json:
+        ctl.say(f"probe: {answer}")
+    if differs and not args.json:
+        ctl.say("probe and hops disagree; where the packet is seen:")
+    return answer, found
 
 
 def say_signed(ctl, lines):
     """Print lines; a sign at the beginning has its colour."""
+    colours = {"\u2713": 32, "ok": 32, "\u2717": 31, "NO": 31, "?": 33, "??": 33}
     for line in lines:
         sign, _, rest = line.partition(" ")
-        colour = {"\u2713": 32, "ok": 32, "\u2717": 31, "NO": 31, "?": 33, "??": 33}.get(sign)
-        ctl.say(f"{paint(sign, colour)} {rest}" if colour else line)
+        ctl.say(f"{paint(sign, colours[sign])} {rest}" if sign in colours else line)
 
 
-Hop = namedtuple("Hop", "ok where text remedy")  # ok: True, False, or None where no record can tell
+# ok: True, False, or None where nobody can tell; answer: what a packet comes to that is stopped there.
+Hop = namedtuple("Hop", "ok where text remedy answer")
+Hop.__new__.__defaults__ = (None, "no answer")
+Flow = namedtuple("Flow", "world home source far host address protocol port what options")
 
 
 def ip_inside(address, cidr):
@@ -5432,35 +5618,69 @@ def cut_out(rule, direction, protocol, port, other_ip, siblings):
             own = dict(rule, protocol=kind, **({} if alone else {key: other_ip + "/32"}))
             rest += cut_out(own, direction, protocol, port, other_ip, siblings) if kind == protocol else [own]
     elif protocol != "icmp":
-        low, high = ports(rule["port"]) if "port" in rule else (1, 65535)
-        for first, last in ((low, port - 1), (port + 1, high)):
-            if first <= last:
-                rest.append(dict(rule, port=first if first == last else "%d-%d" % (first, last)))
+        rest = outside(rule, [(port, port)])
         rule = dict(rule, port=port)
     if alone:
         return rest
     whole = ipaddress.ip_network(named["cidr"] if named else rule.get(key) or "0.0.0.0/0")
-    blocks = sorted(whole.address_exclude(ipaddress.ip_network(other_ip)))
+    other = next((s["cidr"] for s in siblings if s["host_ip"] == other_ip), other_ip + "/32")
+    if not inside(as_network(other), whole):
+        other = other_ip + "/32"
+    blocks = sorted(whole.address_exclude(as_network(other)))
     return rest + [dict(rule, **{key: str(block)}) for block in blocks]
+
+
+def outside(rule, spans):
+    """What is left of a rule without some ranges of ports: rules."""
+    low, high = ports(rule["port"]) if "port" in rule else (1, 65535)
+    left, rest = [], low
+    for first, last in sorted(spans):
+        left.append((rest, min(high, first - 1)))
+        rest = max(rest, last + 1)
+    left.append((rest, high))
+    if left == [(low, high)]:
+        return [rule]
+    return [dict(rule, port=first if first == last else f"{first}-{last}")
+            for first, last in left
+            if first <= last]
+
+
+def allows_instead(rules, denies, protocol, default):
+    """Rules that say, with "deny" as default, what these rules and denies (of everybody, one protocol) say: to
+    except one flow from "deny everybody" takes 32 denies. Protocols that no rule can name are let in no more."""
+    spans = [ports(rule["port"]) if "port" in rule else (1, 65535) for rule in denies]
+    if default == "allow":
+        rules = rules + [{"protocol": "all", "action": "allow"}]
+    left = []
+    for rule in rules:
+        kinds = PROTOCOLS[:3] if (rule["action"], rule["protocol"]) == ("allow", "all") else [rule["protocol"]]
+        for own in [dict(rule, protocol=kind) for kind in kinds]:
+            touched = (own["action"], own["protocol"]) == ("allow", protocol)
+            left += outside(own, spans) if touched else [own]
+    return left
 
 
 def allowing_policy(subnet, direction, protocol, port, other_ip, siblings):
     """A policy as for apply-policy: that of a subnet, changed so that this one flow passes and no other."""
-    policy = subnet["policy"]
+    policy, key = subnet["policy"], "from" if direction == "ingress" else "to"
     new = {"subnet": subnet["cidr"], "ingress": list(policy.get("ingress") or []),
            "egress": list(policy.get("egress") or [])}
     flow, others = (direction, protocol, port, other_ip, siblings), (direction, "all", None, other_ip, siblings)
-    default, key = policy_default(policy, direction)[0], "from" if direction == "ingress" else "to"
+    default = policy_default(policy, direction)[0]
     # denies stand before allows, so an exception has to be cut out of the deny
     hit = [rule for rule in new[direction] if rule["action"] == "deny" and rule_matches(rule, *flow)]
+    of_all = [rule for rule in hit if rule.get(key, "0.0.0.0/0") == "0.0.0.0/0"]
     if protocol != "all" and any(rule["protocol"] == "all" for rule in hit):
         # Protocols that no rule names went with that deny. Now the default has to keep them out, for this host only.
         new[direction] += [{"protocol": "all", "action": "allow"}] * (default == "allow")
         hit += [rule for rule in new[direction] if rule["action"] == "allow" and rule_matches(rule, *others)]
-        default = "deny"
+        default, of_all = "deny", []
     rules = []
     for rule in new[direction]:
-        rules += cut_out(rule, *(flow if rule["action"] == "deny" else others)) if rule in hit else [rule]
+        if protocol == "all" or rule not in of_all:
+            rules += cut_out(rule, *(flow if rule["action"] == "deny" else others)) if rule in hit else [rule]
+    if of_all and protocol != "all":
+        rules, default = allows_instead(rules, of_all, protocol, default), "deny"
     if default == "deny" and not any(r["action"] == "allow" and rule_matches(r, *flow) for r in rules):
         name = [s["name"] for s in siblings if s["host_ip"] == other_ip]
         rule = {"protocol": protocol, "action": "allow", key: name[0] if name else other_ip + "/32"}
@@ -5473,80 +5693,93 @@ def allowing_policy(subnet, direction, protocol, port, other_ip, siblings):
     return new
 
 
-def explain_path(world, vpc, subnet, target, port=None, protocol="tcp", listening=None):
-    """The hops of a packet from a subnet to TARGET and back, up to the first that blocks, by records alone.
+def explain_path(world, vpc, subnet, target, port=None, protocol="tcp", sight=None):
+    """The hops of a packet from a subnet to TARGET and back, up to the first that blocks.
 
-    tcp without a port: the target's first app, else 80. listening(vpc, subnet, port, protocol) says True,
-    False or None (unknown). A Problem if a name means nothing.
+    tcp without a port: the target's first app, else 80. `sight` is what can be seen beside the records (default:
+    nothing, see Records). A Problem if a name means nothing.
     """
-    flow = path_flow(world, vpc, subnet, target, port, protocol)
-    hops = []
-    for hop in walk(world, flow, listening or app_recorded):
-        hops.append(hop)
-        if hop.ok is False:
-            break
-    return hops
+    return list(explained(path_flow(world, vpc, subnet, target, port, protocol), sight or Records()))
 
 
-Flow = namedtuple("Flow", "home source far host address protocol port what options")
+def explained(flow, sight):
+    """Yield the hops of a flow, up to the first that blocks, or from which nobody can follow it."""
+    for hop in walk(flow, sight):
+        yield hop
+        if hop.ok is False or hop.where == "elsewhere":
+            return
 
 
 def path_flow(world, vpc, subnet, target, port, protocol):
     """What is asked: home and source are the sending records, far and host the receiving ones or None."""
     home, source = find_subnet(world, vpc, subnet)
     address = resolve_target(world, vpc, subnet, target)
-    if address.startswith("127.") or address == "0.0.0.0":
-        address = source["host_ip"]
+    address = "127.0.0.1" if address == "0.0.0.0" else address
     far = next((v for _, v in sorted(world.items()) if ip_inside(address, v["cidr"])), None)
     host = next((s for s in far["subnets"] if s["host_ip"] == address), None) if far else None
+    if address.startswith("127."):
+        far, host = home, source
     if protocol in ("icmp", "all"):
         if port is not None:
             raise Problem(f"{protocol} has no port", "leave --port out, or name tcp or udp")
         what = "icmp" if protocol == "icmp" else "a protocol other than tcp, udp, icmp"
-        return Flow(home, source, far, host, address, protocol, None, what, f" --protocol {protocol}")
+        return Flow(world, home, source, far, host, address, protocol, None, what, f" --protocol {protocol}")
     if port is None and protocol == "udp":
         raise Problem("which udp port?", hint="add --port P")
     if port is None:
         apps = far.get("apps", []) if host else []
         port = next((app["port"] for app in apps if app["subnet"] == host["name"] and app.get("protocol") != "udp"), 80)
-    options = " --port %d%s" % (port, " --protocol udp" if protocol == "udp" else "")
-    return Flow(home, source, far, host, address, protocol, port, "%s/%d" % (protocol, port), options)
+    options = f" --port {port}{' --protocol udp' if protocol == 'udp' else ''}"
+    return Flow(world, home, source, far, host, address, protocol, port, f"{protocol}/{port}", options)
 
 
-def walk(world, flow, listening):
-    """Yields the hops; whoever reads stops at the first that blocks."""
-    goal = "%s/%s (%s)" % (flow.far["name"], flow.host["name"], flow.address) if flow.host else flow.address
-    yield Hop(True, "packet", "%s from %s/%s (%s) to %s" % (
-        flow.what, flow.home["name"], flow.source["name"], flow.source["host_ip"], goal), None)
+def walk(flow, sight):
+    """Yield the hops; whoever reads stops at the first that blocks."""
+    goal = f"{end_name(flow.far, flow.host)} ({flow.address})" if flow.host else flow.address
+    start = f"{end_name(flow.home, flow.source)} ({flow.source['host_ip']})"
+    yield Hop(True, "packet", f"{flow.what} from {start} to {goal}")
+    yield from sight.amiss(flow)
     if flow.host is flow.source:
-        yield Hop(True, "loopback", "its own address: no policy and no router is asked", None)
-        yield listening_hop(flow, listening)
+        yield Hop(True, "loopback", "its own address: no policy and no router is asked")
+        yield from sight.checked(flow, "itself")
+        yield listening_hop(flow, sight)
         return
-    yield policy_hop(flow, "egress")
-    owner = next((v for v in world.values() if flow.address in router_addresses(v)), None)
-    if owner:
-        yield router_hop(flow, owner)
+    yield from sight.checked(flow, "out", policy_hop(flow, "egress"))
+    owner = next((v for v in flow.world.values() if flow.address in router_addresses(v)), None)
+    device = sight.host_device(flow.address)
+    if owner or device:
+        yield from sight.checked(flow, "host", router_hop(flow, owner) if owner else own_hop(flow, device))
     else:
-        yield route_hop(flow)
-        yield chain_hop(flow)
+        yield from sight.routed(flow, route_hop(flow, sight))
+        yield from sight.checked(flow, "through", chain_hop(flow))
         if not flow.far:
-            yield Hop(None, "beyond", "no record tells what answers; this host's own addresses do not", None)
+            yield Hop(None, "beyond", "no record tells what answers there")
         else:
             yield host_hop(flow)
-            yield policy_hop(flow, "ingress")
-            yield listening_hop(flow, listening)
-    yield Hop(True, "way back", "replies to it pass every policy, and only they do", None)
+            yield from sight.checked(flow, "in", policy_hop(flow, "ingress"))
+            yield unheard(listening_hop(flow, sight), flow, sight)
+    yield from sight.way_back(flow, Hop(True, "way back", "replies to it pass every policy, and only they do"))
+
+
+def unheard(hop, flow, sight):
+    """The listening hop: a refusal, too, has to come back to be heard."""
+    if hop.ok is False and any(back.ok is False for back in sight.way_back(flow, hop._replace(ok=True))):
+        return hop._replace(answer="no answer")
+    return hop
 
 
 def policy_hop(flow, direction):
     """The source's egress or the target's ingress policy."""
     vpc, subnet = (flow.home, flow.source) if direction == "egress" else (flow.far, flow.host)
     other = flow.address if direction == "egress" else flow.source["host_ip"]
-    ok, why, _ = policy_decision(subnet["policy"], direction, flow.protocol, flow.port, other, vpc["subnets"])
-    place = "%s-%s.json" % (vpc["name"], subnet["name"])
-    remedy = None if ok else "vpcctl explain %s %s %s%s --policy > %s && vpcctl apply-policy %s %s" % (
-        flow.home["name"], flow.source["name"], flow.address, flow.options, place, vpc["name"], place)
-    return Hop(ok, direction + " policy", "%s/%s: %s" % (vpc["name"], subnet["name"], why), remedy)
+    ok, why, index = policy_decision(subnet["policy"], direction, flow.protocol, flow.port, other, vpc["subnets"])
+    place = f"{vpc['name']}-{subnet['name']}.json"
+    remedy = None if ok else (
+        f"vpcctl explain {flow.home['name']} {flow.source['name']} {flow.address}{flow.options} --policy > {place}"
+        f" && vpcctl apply-policy {vpc['name']} {place}")
+    if remedy and index is not None:
+        remedy += f"   # or remove or narrow {direction} rule {index + 1} yourself"
+    return Hop(ok, direction + " policy", f"{vpc['name']}/{subnet['name']}: {why}", remedy)
 
 
 def path_policy(world, vpc, subnet, target, port=None, protocol="tcp"):
@@ -5571,7 +5804,7 @@ def router_addresses(vpc):
 def router_hop(flow, owner):
     """A gateway's address: the host takes ping from the VPC it is the gateway of, and nothing else."""
     if owner is flow.home and flow.protocol == "icmp":
-        return Hop(True, "host", "%s is this VPC's gateway, which answers ping" % flow.address, None)
+        return Hop(True, "host", f"{flow.address} is this VPC's gateway, which answers ping")
     if owner is flow.home:
         remedy = "nothing does, by design; ping it: vpcctl explain %s %s %s --protocol icmp" % (
             flow.home["name"], flow.source["name"], flow.address)
@@ -5580,6 +5813,13 @@ def router_hop(flow, owner):
     text = "%s is a gateway of %s, that is this host: it answers only ping, only to %s" % (
         flow.address, owner["name"], owner["name"])
     return Hop(False, "host", text, remedy)
+
+
+def own_hop(flow, device):
+    """Another address of the host's: with and without NAT, the host takes nothing there from a VPC."""
+    text = f"{flow.address} is this host itself ({device}): a VPC gets answers only to ping, only from its gateways"
+    return Hop(False, "host", text, f"nothing does, by design; ping the gateway instead: vpcctl explain "
+               f"{flow.home['name']} {flow.source['name']} {flow.source['gw']} --protocol icmp")
 
 
 def peering_with(vpc, name):
@@ -5601,13 +5841,13 @@ def peer_remedy(flow):
     return "%svpcctl peer %s %s --allow-cidrs %s" % (undo, a, b, ",".join(allowed))
 
 
-def route_hop(flow):
+def route_hop(flow, sight):
     """The route table of the source's VPC: its own range, the listed blocks of peers, with NAT the rest."""
     home, address, nat = flow.home, flow.address, flow.home.get("nat")
     table = "table %s: " % home["table"]
 
     def hop(ok, text, remedy=None):
-        return Hop(ok, "route table", table + text, remedy)
+        return Hop(ok, "route table", table + text, remedy, "no route")
     if flow.far is home:
         return hop(True, "%s is in its own range %s" % (address, home["cidr"]))
     if flow.far:
@@ -5622,8 +5862,7 @@ def route_hop(flow):
         return hop(False, f"{address} is in {block}, which is no network out there: unreachable",
                    "nothing does, by design")
     if not nat:
-        return hop(False, "%s is outside and there is no NAT: unreachable" % address,
-                   "vpcctl enable-nat %s" % home["name"])
+        return hop(False, f"{address} is outside and there is no NAT: unreachable", nat_remedy(flow, sight))
     if nat.get("subnets") is not None and flow.source["name"] not in nat["subnets"]:
         remedy = "vpcctl disable-nat %s && vpcctl enable-nat %s --interface %s --subnet-filter %s" % (
             home["name"], home["name"], nat["interface"], ",".join(nat["subnets"] + [flow.source["name"]]))
@@ -5631,19 +5870,27 @@ def route_hop(flow):
     return hop(True, "%s is outside: the host's default route" % address)
 
 
+def nat_remedy(flow, sight):
+    """The command that gives a VPC the way out to an address; None where the host itself has none."""
+    uplink, usual = sight.uplink(flow.address)
+    if uplink == "none":
+        return None
+    return f"vpcctl enable-nat {flow.home['name']}" + f" --interface {uplink}" * (uplink != usual)
+
+
 def chain_hop(flow):
     """The firewall chain of the source's VPC."""
     home, source = flow.home, flow.source["host_ip"]
     if flow.far is home:
-        return Hop(True, "firewall", "chain %s: within %s" % (home["chain"], home["cidr"]), None)
+        return Hop(True, "firewall", "chain %s: within %s" % (home["chain"], home["cidr"]))
     if not flow.far:
         return Hop(True, "firewall", "chain %s: out by %s, as the host's address (NAT)" % (
-            home["chain"], home["nat"]["interface"]), None)
+            home["chain"], home["nat"]["interface"]))
     peer = peering_with(home, flow.far["name"])
     block = next((b for b in peer["allowed"] if ip_inside(source, b)), None)
     if block:
         far = next(b for b in peer["allowed"] if ip_inside(flow.address, b))
-        return Hop(True, "peering", "chain %s: %s and %s may talk" % (peer["chain"], block, far), None)
+        return Hop(True, "peering", "chain %s: %s and %s may talk" % (peer["chain"], block, far))
     return Hop(False, "peering", "chain %s: no listed block holds the source %s" % (peer["chain"], source),
                peer_remedy(flow))
 
@@ -5653,7 +5900,7 @@ def host_hop(flow):
     import ipaddress
     far, number = flow.far, int(ipaddress.ip_address(flow.address))
     if flow.host:
-        return Hop(True, "address", "%s is subnet %s" % (flow.address, flow.host["name"]), None)
+        return Hop(True, "address", "%s is subnet %s" % (flow.address, flow.host["name"]))
     near = next((s for s in far["subnets"] if ip_inside(flow.address, s["cidr"])), None)
     if near:
         return Hop(False, "address", "nobody has %s" % flow.address, "nothing does; subnet %s answers at %s: "
@@ -5670,39 +5917,662 @@ def host_hop(flow):
     return Hop(False, "address", text, remedy)
 
 
-def app_recorded(vpc, subnet, port, protocol):
-    """Whether the record knows an app on that port; None (unknown) for udp, where anybody may be listening."""
-    found = any(app["subnet"] == subnet["name"] and app["port"] == port and app.get("protocol", "tcp") == protocol
-                for app in vpc.get("apps", []))
-    return found or (False if protocol == "tcp" else None)
+def app_on(flow):
+    """The record of the app that a packet is for, or None."""
+    return next((app for app in flow.far.get("apps", []) if app["subnet"] == flow.host["name"]
+                 and app["port"] == flow.port and app.get("protocol", "tcp") == flow.protocol), None)
 
 
-def listening_hop(flow, listening):
+def listening_hop(flow, sight):
     """Whether anything takes the packet at its end."""
-    vpc, subnet = flow.far["name"], flow.host["name"]
     if flow.protocol == "icmp":
-        return Hop(True, "listening", "the kernel answers ping", None)
+        return Hop(True, "listening", "the kernel answers ping")
     if flow.protocol == "all":
-        return Hop(None, "listening", f"no record tells who takes it in {vpc}/{subnet}", None)
-    answer = listening(flow.far, flow.host, flow.port, flow.protocol)
-    text = {True: "%s on %s/%s", False: "nothing listens on %s in %s/%s", None: "no record tells who is on %s in %s/%s"}
-    remedy = "vpcctl deploy-app %s %s --port %d" % (vpc, subnet, flow.port)
+        return Hop(None, "listening", f"no record tells who takes it in {end_name(flow.far, flow.host)}")
+    place, found, app = end_name(flow.far, flow.host), sight.listeners(flow.host, flow.far), app_on(flow)
+    hop = lambda ok, text, remedy=None: Hop(ok, "listening", text, remedy, "refused")
+    if found is None:
+        return hop(*sight.guess(flow, app))
+    own = [one for one in found if one.port == flow.port and one.kind.startswith(flow.protocol)]
+    for one in own:
+        taken = sight.takes_ipv4(flow, one) if one.address == "::" else one.address in ("0.0.0.0", flow.address)
+        if taken is not False:
+            return hop(taken, f"{flow.what} on {place}: {sight.program(one, flow.host)} listens"
+                       + ("" if taken else " by IPv6; whether it takes IPv4 is not seen"))
+    if own:
+        where = " and ".join(sorted({one.address for one in own}))
+        name = sight.program(own[0], flow.host)
+        return hop(False, f"{name} listens on {where} only: no other subnet reaches it",
+                   f"let it listen on {flow.host['host_ip']}, or on every address (0.0.0.0)")
+    text = f"nothing listens on {flow.what} in {place}"
+    if app and not sight.runs(app):
+        return hop(False, f"{text}: deploy-app's program is not running",
+                   f"vpcctl restore {flow.far['name']}   # why it ended: vpcctl logs {flow.far['name']} "
+                   f"{flow.host['name']} --port {flow.port}")
+    if app:
+        return hop(False, f"{text}, although deploy-app's program runs",
+                   f"vpcctl logs {flow.far['name']} {flow.host['name']} --port {flow.port}   # what does it do?")
+    if any(one.port == flow.port for one in found):       # deploy-app would refuse
+        return hop(False, f"{text}, only by {'udp' if flow.protocol == 'tcp' else 'tcp'}")
+    return hop(False, text, deploy_remedy(flow))
+
+
+def deploy_remedy(flow):
+    """The command that puts an answer on a port."""
+    remedy = f"vpcctl deploy-app {flow.far['name']} {flow.host['name']} --port {flow.port}"
     if flow.protocol == "udp":
-        remedy += (" -- python3 -c \"import socket as k; s = k.socket(2, 2); s.bind(('', %d)); "
-                   "[s.sendto(*s.recvfrom(2048)) for _ in iter(int, 1)]\"" % flow.port)
-    return Hop(answer, "listening", text[answer] % (flow.what, vpc, subnet), remedy if answer is False else None)
+        remedy += (f" -- python3 -c \"import socket as k; s = k.socket(2, 2); s.bind(('', {flow.port})); "
+                   "[s.sendto(*s.recvfrom(2048)) for _ in iter(int, 1)]\"")
+    return remedy
+
+
+# -- what is seen of a packet's way, beside the records
+
+class Records:
+    """Nothing is seen: the records alone speak. It is what `walk` asks, and what Sight answers better."""
+
+    def amiss(self, _flow):
+        """Hops for what is recorded, but is not there."""
+        return ()
+
+    def checked(self, _flow, _place, hop=None):
+        """A hop of the records, with what the firewall of that place does."""
+        return (hop,) if hop else ()
+
+    def routed(self, _flow, hop):
+        """The routing hop of the records, with what the kernel's own routing says."""
+        return (hop,)
+
+    def way_back(self, _flow, hop):
+        """The last hop, after whatever stops the replies."""
+        return (hop,)
+
+    def host_device(self, _address):
+        """The interface of the host that has an address; None if none is known."""
+        return None
+
+    def uplink(self, _address):
+        """(interface by which the host reaches an address, the one that enable-nat takes); "none": no way."""
+        return None, None
+
+    def listeners(self, _subnet, _vpc):
+        """The Listeners in a subnet; None if they cannot be seen."""
+        return None
+
+    def guess(self, flow, app):
+        """(ok, text, remedy) for the listening hop by the records alone. By udp anybody may be listening."""
+        if app:
+            return True, f"{flow.what} on {end_name(flow.far, flow.host)}"
+        if flow.protocol == "tcp":
+            place = end_name(flow.far, flow.host)
+            return False, f"nothing listens on {flow.what} in {place}", deploy_remedy(flow)
+        return None, f"no record tells who is on {flow.what} in {end_name(flow.far, flow.host)}"
+
+
+OUT_CHAINS = (("raw", "OUTPUT"), ("mangle", "OUTPUT"), ("nat", "OUTPUT"), ("filter", "OUTPUT"),
+              ("mangle", "POSTROUTING"), ("nat", "POSTROUTING"))
+IN_CHAINS = (("raw", "PREROUTING"), ("mangle", "PREROUTING"), ("nat", "PREROUTING"), ("mangle", "INPUT"),
+             ("filter", "INPUT"), ("nat", "INPUT"))
+PLACES = {"out": OUT_CHAINS, "in": IN_CHAINS, "host": IN_CHAINS, "from host": OUT_CHAINS,
+          "itself": OUT_CHAINS + IN_CHAINS,
+          "through": IN_CHAINS[:3] + (("mangle", "FORWARD"), ("filter", "FORWARD")) + OUT_CHAINS[4:]}
+BACK = {"out": "in", "in": "out", "through": "through", "host": "from host"}     # where a place's replies pass
+HARMLESS = ("LOG", "NFLOG", "ULOG", "TRACE", "MARK", "CONNMARK", "CONNSECMARK", "SECMARK", "TCPMSS", "CLASSIFY",
+            "CHECKSUM", "DSCP", "TOS", "TTL")
+DIVERTING = ("DNAT", "REDIRECT", "NETMAP", "SNAT", "MASQUERADE", "TPROXY", "QUEUE", "NFQUEUE")
+SOME_PORT = (32768, 60999)                        # where a client's own port lies
+# What looks whole although the record's step is not there stops every packet; other steps may.
+VITAL = {"ns": "there is no namespace {}", "link": "there is no interface {}", "up": "interface {} is off",
+         "master": "cable {} is not plugged into {}"}
+
+Packet = namedtuple("Packet", "source target protocol sport dport entry exit mac states back")
+Finding = namedtuple("Finding", "sure target table chain rule ours")
+
+
+class Sight(Records):
+    """What can be seen of this machine: links and routes by everybody; with root also rules, and into namespaces.
+    What was looked at once is not looked at again."""
+
+    def __init__(self, world):
+        self.world, self.root, self.trouble = world, os.geteuid() == 0, ""
+        self.routing, self.steps, self.unread = {}, {}, {}
+        self.subnets = [subnet for vpc in world.values() for subnet in vpc["subnets"]]
+        self.seen, self.rules = Seen(), {}        # namespace (None: the host) -> table -> chain -> (policy, rules)
+        try:
+            self._look()
+        except (Failure, Problem, OSError) as trouble:
+            self.root, self.trouble = False, str(trouble)
+
+    def _look(self):
+        see_links(self.seen, set())
+        see_addresses(self.seen)
+        see_routes(self.seen)
+        if self.root:
+            tables = parse_rules(saved_rules())
+            for table, (chains, rules) in tables.items():
+                see_table(self.seen, table, chains, rules)
+            self.rules[None], self.unread[None] = by_chain(tables), nft_tables()
+        for key, (_, (function, arguments)) in resources(self.world).items():
+            self.steps[key] = (function, arguments)
+
+    def inside(self, space):
+        """A namespace's rules by table and chain, None if it cannot be looked into; its facts go to `seen`."""
+        if space not in self.rules:
+            self.rules[space] = None
+            if self.root and is_namespace(space):
+                see_inside(self.seen, [subnet for subnet in self.subnets if subnet["ns"] == space])
+                try:
+                    tables, self.unread[space] = in_namespace(space, lambda: (parse_rules(saved_rules()), nft_tables()))
+                    self.rules[space] = by_chain(tables)
+                except (Failure, OSError):
+                    pass                          # one that cannot be looked into: see `amiss`
+        return self.rules[space]
+
+    # -- what is recorded
+
+    def amiss(self, flow):
+        if self.trouble:
+            yield Hop(None, "machine", f"could not look at it: {self.trouble}")
+            return
+        lost = []
+        for name, step in self._lost(flow):
+            fact = step.fact[2:] if step.fact[0] == "inside" else step.fact
+            if step.fact in self.seen.foreign:
+                yield Hop(False, "machine", f"{describe(step)} is not vpcctl's",
+                          f"remove it, then vpcctl restore {name}")
+                return
+            if fact[0] in VITAL or (step.fact[0] == "inside" and fact[0] in ("address", "route")):
+                text = VITAL.get(fact[0], "there is no " + " ".join(str(word) for word in fact)).format(*fact[1:])
+                place = f" in {step.fact[1]}" if step.fact[0] == "inside" else ""
+                text = f"VPC {name} is not whole: {text}{place}"
+                yield Hop(False, "machine", text, f"vpcctl restore {name}")
+                return
+            lost.append((name, step))
+        for space in (flow.source["ns"], flow.host and flow.host["ns"]):
+            if space in self.seen.broken:
+                yield Hop(None, "machine", f"cannot look into namespace {space}: {self.seen.broken[space]}")
+        if lost:
+            names = " ".join(sorted({name for name, _ in lost}))
+            more = f" (and {counted(len(lost) - 1, 'thing')} more)" if len(lost) > 1 else ""
+            text = f"missing or changed: {describe(lost[0][1])}{more}; `vpcctl restore {names}` repairs it"
+            yield Hop(None, "machine", text)
+
+    def _lost(self, flow):
+        """(VPC, step) of a flow that is recorded and not there, as far as it can be seen, in order of making."""
+        spaces = [subnet["ns"] for subnet in (flow.source, flow.host) if subnet]
+        for space in spaces:
+            self.inside(space)
+        keys = [("subnet", flow.home["name"], flow.source["name"])]
+        if flow.host is not flow.source:
+            keys += [("vpc", flow.home["name"]), ("policy", flow.home["name"], flow.source["name"]),
+                     ("nat", flow.home["name"])]
+        if flow.host is not flow.source and flow.far:
+            keys += [("vpc", flow.far["name"]), ("peer", flow.home["name"], flow.far["name"]),
+                     ("peer", flow.far["name"], flow.home["name"])]
+        if flow.host and flow.host is not flow.source:
+            keys += [(kind, flow.far["name"], flow.host["name"]) for kind in ("subnet", "policy")]
+        found = []
+        for key in keys:
+            function, arguments = self.steps.get(key, (tuple, ()))
+            found += [(key[1], step)
+                      for step in function(*arguments)
+                      if self._looked_at(step, key) and not self.seen.holds(step)]
+        if flow.host is flow.source:
+            found = [pair for pair in found if pair[1].fact[0] in ("ns", "inside")]
+        return sorted(found, key=lambda pair: pair[1].phase)
+
+    def _looked_at(self, step, key):
+        """Whether a step's thing is on a packet's way, and could have been seen."""
+        fact = step.fact
+        if step.phase == FILE or fact[0] in ("alias", "ours", "mac"):
+            return False
+        if key[0] == "peer":                      # packets take the routed way, not the cable
+            return fact[0] in ("route", "rule", "chain") and (self.root or fact[0] == "route")
+        if fact[0] in ("inside", "policy"):
+            return self.rules.get(fact[1]) is not None and fact[2:4] != ("up", "lo")
+        return self.root or fact[0] not in ("rule", "chain")
+
+    def host_device(self, address):
+        return next((fact[1] for fact in self.seen.facts if fact[0] == "address"
+                     and fact[2].split("/")[0] == address), None)
+
+    def uplink(self, address):
+        kind, device = self.route(None, address)
+        if not kind:
+            return None, None
+        return device if kind == "unicast" else "none", default_interface()
+
+    # -- routing
+
+    def route(self, space, target, *words):
+        """What the kernel says of a way -> (kind, device): unicast, local, blackhole, prohibit, unreachable;
+        ("", "") if it cannot be asked."""
+        argv = ("ip", "-j") + (("-n", space) if space else ()) + ("route", "get", target) + words
+        if self.trouble:
+            return "", ""
+        if argv not in self.routing:
+            try:
+                entry = ask(*argv, has="dst")[0]
+                self.routing[argv] = entry.get("type", "unicast"), entry.get("dev", "")
+            except Failure as failure:
+                known = {"Invalid argument": "blackhole", "Permission denied": "prohibit"}
+                said = re.search(r"RTNETLINK answers: (.*)", failure.said)
+                self.routing[argv] = (known.get(said.group(1), "unreachable") if said else ""), ""
+        return self.routing[argv]
+
+    def _forwarded(self, packet):
+        """The kernel's way for a packet that comes in by an interface of the host."""
+        words = ("from", packet.source, "iif", packet.entry)
+        if packet.protocol == "all":
+            return self.route(None, packet.target, *words)
+        ports = ("sport", str(packet.sport[0]), "dport", str(packet.dport[0])) * (packet.protocol != "icmp")
+        found = self.route(None, packet.target, *words, "ipproto", packet.protocol, *ports)
+        return found if found[0] else self.route(None, packet.target, *words)       # an old `ip` knows no ports
+
+    def routed(self, flow, hop):
+        packet = self.packet(flow, "through")
+        kind, device = self._forwarded(packet)
+        if hop.ok is False:
+            opened = flow.far and kind == "unicast" and device == flow.far["bridge"]
+            yield hop._replace(ok=None, text=hop.text + "; but the kernel has a way") if opened else hop
+            return
+        yield hop
+        if kind in ("", "local", "broadcast", "multicast") or (kind, device) == ("unicast", packet.exit):
+            return
+        yield self._astray(flow, None, packet, kind, device)
+
+    def _astray(self, flow, space, packet, kind, device):
+        """The hop for a packet that the kernel does not send where the records say."""
+        sure, rule, route = self._decider(space, packet)
+        words, remedy, foreign = route_words(space, rule, route)
+        there = f" in {space}" if space else ""
+        if kind != "unicast":
+            answer = {"prohibit": "rejected", "blackhole": "no answer"}.get(kind, "no route")
+            if space and kind == "blackhole":     # the kernel tells the sender itself
+                answer = "no route"
+            if foreign and sure:
+                return Hop(False, "foreign route", f"{words}{there}", remedy, answer)
+            text = f"the kernel says {kind} for {packet.target}{there}" + f", perhaps by {words}" * foreign
+            return Hop(False, "route table", text, f"vpcctl restore {flow.home['name']}", answer)
+        text = f"the way to {packet.target}{there} is by {device}, not {packet.exit}" + f": {words}" * foreign
+        found = [] if space else self.findings(None, "through", packet._replace(exit=device))
+        if not any(one.sure and one.target in ("DROP", "REJECT") for one in found):
+            return Hop(None, "elsewhere", text)
+        if not flow.far:
+            remedy = (f"vpcctl disable-nat {flow.home['name']} && vpcctl enable-nat {flow.home['name']} "
+                      f"--interface {device}")
+        return Hop(False, "foreign route" if flow.far else "route table", text + "; dropped there", remedy)
+
+    def _decider(self, space, packet):
+        """(is it sure, the rule, the route or None) that decide a packet's way; no rule if nothing matches."""
+        words = ("ip", "-j", "-4") + (("-n", space) if space else ())
+        if words not in self.routing:
+            self.routing[words] = (ask(*words, "rule", "show", has="priority"),
+                                   ask(*words, "route", "show", "table", "all", has="dst"))
+        rules, routes = self.routing[words]
+        sure = True
+        for rule in sorted(rules, key=lambda rule: rule["priority"]):
+            hit = selects(rule, packet)
+            if hit is False:
+                continue
+            if rule.get("action", "lookup") not in ("lookup", "to_tbl"):
+                return sure and hit, rule, None
+            table = str(rule.get("table"))
+            fitting = [route for route in routes
+                       if str(route.get("table", "main")) == table
+                       and ip_inside(packet.target, whole_block(route["dst"]))]
+            best = max(fitting, key=lambda route: int(whole_block(route["dst"]).split("/")[1]), default=None)
+            if best and best.get("type") != "throw":
+                return sure and hit, rule, best
+            sure = sure and hit is not None
+        return sure, None, None
+
+    # -- the firewall
+
+    def packet(self, flow, place, back=False):
+        """The packet of a flow, or its reply, as it is at a place."""
+        ports = [SOME_PORT, (flow.port or 0,) * 2]
+        ends = [flow.source["host_ip"], flow.address]
+        near = flow.home["bridge"]
+        far = flow.far["bridge"] if flow.far else (flow.home.get("nat") or {}).get("interface")
+        cards = [flow.source["veth"] + "-a", flow.host["veth"] + "-a" if flow.host else ""]
+        mac, states = flow.source["mac"], ("NEW",)
+        if place == "itself":
+            ends[0], cards, far = flow.address, ["lo", "lo"], "lo"
+        if back:
+            ports.reverse(), ends.reverse(), cards.reverse()
+            near, far, mac = far, near, flow.host["mac"] if flow.host else None
+            states = ("ESTABLISHED",) if flow.far else ("ESTABLISHED", "SNAT")
+        entry, exit = {"out": ("", cards[0]), "in": (cards[1], ""), "through": (near, far),
+                       "host": (near, ""), "from host": ("", far), "itself": ("lo", "lo")}[place]
+        return Packet(ends[0], ends[1], flow.protocol, ports[0], ports[1], entry, exit,
+                      mac if place in ("through", "host") else None, states, back)
+
+    def findings(self, space, place, packet):
+        """What rules of a place may decide about a packet -> Findings in order, the last one sure if any is."""
+        rules, found = self.inside(space) if space else self.rules.get(None), []
+        for table, chain in PLACES[place] if rules else ():
+            if packet.back and table == "nat":
+                continue                          # translated as the flow's first packet was
+            if place == "itself":                 # in by lo, or out by lo: never both
+                packet = packet._replace(entry="" if chain in ("OUTPUT", "POSTROUTING") else "lo",
+                                         exit="lo" if chain in ("OUTPUT", "POSTROUTING") else "")
+            chains = rules.get(table, {})
+            passed = traverse(chains, table, chain, packet, found)
+            if not passed and chain in chains and chains[chain][0] == "DROP":
+                found.append(Finding(is_sure(found), "DROP", table, chain, (), False))
+            if found and found[-1].sure and found[-1].target in ("DROP", "REJECT"):
+                return found
+        if self.unread.get(space) and not packet.back:
+            found.append(Finding(False, "nft", self.unread[space], "", (), False))
+        return found
+
+    def checked(self, flow, place, hop=None):
+        space = {"out": flow.source, "itself": flow.source, "in": flow.host}.get(place, {}).get("ns")
+        packet = self.packet(flow, place)
+        found = self.findings(space, place, packet)
+        if hop and hop.ok is False:
+            yield self._opened(flow, place, space, hop, found)
+            return
+        if hop:
+            yield hop
+        if place == "out" and is_namespace(flow.source["ns"]) and self.root:
+            kind, device = self.route(space, flow.address)
+            if kind and (kind, device) != ("unicast", packet.exit) and kind not in ("broadcast", "multicast"):
+                yield self._astray(flow, space, packet, kind, device)
+        yield from judged(found, space, flow.far["name"] if place == "in" else flow.home["name"])
+
+    def _opened(self, flow, place, space, hop, found):
+        """A hop that blocks; `?` where somebody else's rule lets the packet pass before, and its replies too."""
+        opening = [one for one in found if (one.target, one.ours, one.table) == ("ACCEPT", False, "filter")]
+        replies = self.findings(space, BACK[place], self.packet(flow, BACK[place], True)) if opening else ()
+        if not opening or any(one.ours and one.sure and one.target == "DROP" for one in replies):
+            return hop
+        return hop._replace(ok=None, text=f"{hop.text}; but {finding_text(opening[0], space)} stands before it")
+
+    def way_back(self, flow, hop):
+        near, home = ("from host", None), flow.home["name"]
+        if flow.host:
+            near = "out", flow.host["ns"]
+            if self.root and is_namespace(flow.host["ns"]):
+                packet = self.packet(flow, "out", True)
+                kind, device = self.route(flow.host["ns"], packet.target)
+                if kind and (kind, device) != ("unicast", packet.exit):
+                    yield self._astray(flow, flow.host["ns"], packet, kind, device)
+        ways = [near] if flow.host or self.host_device(flow.address) else []
+        ways += [("through", None)] if flow.host or not ways else []
+        for place, space in ways + [("in", flow.source["ns"])]:
+            packet = self.packet(flow, place, True)
+            if place == "through" and packet.entry:
+                kind, device = self._forwarded(packet) if flow.far else ("", "")
+                if kind and (kind, device) != ("unicast", packet.exit):
+                    yield self._astray(flow, None, packet, kind, device)
+            for found in judged(self.findings(space, place, packet), space, home):
+                yield found._replace(text="on the way back: " + found.text)
+        if not self.root:
+            yield Hop(None, "others", "rules of others were not looked at: that needs root")
+        yield hop
+
+    # -- programs
+
+    def listeners(self, subnet, vpc):
+        if self.root and is_namespace(subnet["ns"]):
+            return in_namespace(subnet["ns"], listeners)
+        for app in vpc["apps"]:
+            if app["subnet"] == subnet["name"] and self.runs(app):
+                try:
+                    with open(f"/proc/{app['pid']}/net/dev") as table:
+                        if subnet["veth"] + "-a:" in table.read():
+                            return listeners(app["pid"])
+                except OSError:
+                    continue                      # it has just ended, or /proc is closed to others
+        return None
+
+    def guess(self, flow, app):
+        place = end_name(flow.far, flow.host)
+        if app and not self.runs(app):
+            return None, (f"deploy-app's program for {flow.what} in {place} is not running; "
+                          "whether another is, root can see")
+        return None, f"who listens on {flow.what} in {place} cannot be seen without root"
+
+    def program(self, listener, subnet):
+        """The name of the program that has a socket."""
+        return (socket_owner(listener.inode, subnet["ns"]) if self.root else "") or "a program"
+
+    def runs(self, app):
+        """Whether deploy-app's program is there (without root its namespace cannot be compared)."""
+        if self.root:
+            return is_alive(app)
+        return app["pid"] > 1 and process_start(app["pid"]) == app["start"] != ""
+
+    def takes_ipv4(self, flow, listener):
+        """Whether an IPv6 socket takes IPv4 too -> True, False, or None if it cannot be tried. It holds the port of
+        every IPv4 address then; this one is nobody's, so that no packet goes astray."""
+        import errno
+        import socket
+
+        def held():
+            """Try to take the port."""
+            kind = socket.SOCK_STREAM if listener.kind == "tcp6" else socket.SOCK_DGRAM
+            with socket.socket(socket.AF_INET, kind) as trial:
+                try:
+                    trial.bind(("127.9.9.9", listener.port))
+                except OSError as error:
+                    return True if error.errno == errno.EADDRINUSE else None
+            return False
+        return in_namespace(flow.host["ns"], held) if self.root else None
+
+
+def nft_tables():
+    """Called in a place: the names of nft tables there that iptables does not show; "" without `nft`."""
+    if not find_tool("nft"):
+        return ""
+    known = re.compile(r"table (ip (filter|nat|mangle|raw|security)|ip6 .*|arp .*)\Z")
+    tables = call(["nft", "list", "tables"])[1].splitlines()
+    return ", ".join(line[6:] for line in tables if line.startswith("table ") and not known.match(line))
+
+
+def by_chain(tables):
+    """Parsed rules -> table -> chain -> (policy, its rules)."""
+    found = {}
+    for table, (chains, rules) in tables.items():
+        found[table] = {chain: (policy, []) for chain, policy in chains}
+        for chain, rule in rules:
+            found[table].setdefault(chain, ("-", []))[1].append(rule)
+    return found
+
+
+def is_sure(found):
+    """Whether nothing before may have decided already."""
+    return all(one.sure for one in found)
+
+
+def traverse(chains, table, chain, packet, found, sure=True):
+    """Follow a packet through a chain, adding what may decide to `found` -> whether one surely does."""
+    for rule in chains.get(chain, ("", ()))[1]:
+        hit = rule_hits(rule, packet)
+        option = "-g" if "-g" in rule else "-j"
+        target = rule[rule.index(option) + 1] if option in rule else ""
+        if hit is False or not target or target in HARMLESS:
+            continue
+        certain = bool(hit) and sure and is_sure(found)
+        if target in chains:
+            if traverse(chains, table, target, packet, found, certain):
+                return True
+            if option == "-g" and certain:
+                return False
+            continue
+        if target == "RETURN" and certain:
+            return False
+        comment = comment_of(rule)
+        ours = is_our_comment(comment, True) or comment.startswith("policy-")
+        found.append(Finding(certain, target, table, chain, rule, ours))
+        if certain and target in ("ACCEPT", "DROP", "REJECT") + DIVERTING:
+            return True
+    return False
+
+
+def together_true(answers):
+    """Whether all answers are yes -> False if one is no, else None if one is not known, else True."""
+    if False in answers:
+        return False
+    return None if None in answers else True
+
+
+def rule_hits(rule, packet):
+    """Whether a rule matches a packet -> True, False, or None if it asks what is not known here."""
+    ends = [rule.index(option) for option in ("-j", "-g") if option in rule]
+    answers = []
+    for option, value in rule_key(rule[:ends[0]] if ends else rule):
+        negated = option.startswith("!")
+        answer = match_hits(option.lstrip("!"), value, packet)
+        answers.append(answer if answer is None or not negated else not answer)
+    return together_true(answers)
+
+
+def match_hits(option, value, packet):
+    """Whether one condition of a rule is met -> True, False or None (not known)."""
+    if option == "--comment":
+        return True
+    if option in ("-s", "-d"):
+        block = whole_block(value)
+        known = re.match(r"[0-9.]+/[0-9]+\Z", block)
+        return ip_inside(packet.source if option == "-s" else packet.target, block) if known else None
+    if option == "-p":
+        return value == packet.protocol
+    if option in ("-i", "-o"):
+        name = packet.entry if option == "-i" else packet.exit
+        return name.startswith(value[:-1]) if value.endswith("+") else name == value
+    if option in ("--sport", "--dport", "--sports", "--dports"):
+        return ports_hit(value, packet.sport if option.startswith("--sp") else packet.dport)
+    if option == "--icmp-type":
+        return value.split("/")[0] == ("0" if packet.back else "8") if value[0].isdigit() else None
+    if option in ("--ctstate", "--state"):
+        return any(state in packet.states for state in value.split(","))
+    if option == "--ctdir":
+        return value == ("REPLY" if packet.back else "ORIGINAL")
+    if option == "--dst-type" and value == "LOCAL":
+        return packet.exit in ("", "lo")
+    if option == "--mac-source" and packet.mac:
+        return value.lower() == packet.mac.lower()
+    return None
+
+
+def ports_hit(text, ports):
+    """Whether ports like "80,1000:2000" hold all of a range -> True; None if they hold a part of it."""
+    spans = []
+    for part in text.split(","):
+        low, colon, high = part.partition(":")
+        spans.append((int(low or 0), int((high or 65535) if colon else low)))
+    if any(low <= ports[0] and ports[1] <= high for low, high in spans):
+        return True
+    return None if any(low <= ports[1] and ports[0] <= high for low, high in spans) else False
+
+
+def judged(found, space, vpc_name):
+    """Hops for what is not as the records have it, from what was found on a way they let pass."""
+    for one in found:
+        text = finding_text(one, space)
+        stops = one.target in ("DROP", "REJECT")
+        if one.ours and stops and one.sure:
+            yield Hop(False, "firewall", f"{text} stops it: a rule that lets it pass is missing or changed",
+                      f"vpcctl restore {vpc_name}")
+            return
+        if one.ours or one.target in ("ACCEPT", "RETURN"):
+            continue
+        if one.sure and stops:
+            yield Hop(False, "foreign rule", f"{text} stops it", finding_remedy(one, space),
+                      "rejected" if one.target == "REJECT" else "no answer")
+            return
+        if one.sure and one.target in DIVERTING:
+            yield Hop(None, "elsewhere", f"{text} sends it elsewhere")
+            return
+        yield Hop(None, "foreign rule", f"{text} may {'stop it' if stops else 'change what becomes of it'}")
+
+
+def finding_text(one, space):
+    """A rule, for people."""
+    if one.target == "nft":
+        return f"nft table {one.table} of {space or 'the host'}, which iptables does not show,"
+    table = "" if one.table == "filter" else f"{one.table} "
+    words = shown(one.rule) if one.rule else f"-P {one.chain} {one.target}"
+    return f"`{words}` in {table}{one.chain} of {space or 'the host'}"
+
+
+def finding_remedy(one, space):
+    """The command that takes a rule of somebody else's out."""
+    words = ("-D", one.chain) + one.rule if one.rule else ("-P", one.chain, "ACCEPT")
+    return shown((("ip", "netns", "exec", space) if space else ()) + ("iptables",)
+                 + (("-t", one.table) if one.table != "filter" else ()) + words)
+
+
+def whole_block(text):
+    """A route's or rule's address as a block."""
+    if text in ("default", "all"):
+        return "0.0.0.0/0"
+    return text if "/" in text else text + "/32"
+
+
+def selects(rule, packet):
+    """Whether a routing rule is for a packet -> True, False or None (it asks what is not known here)."""
+    known = {"priority", "src", "srclen", "dst", "dstlen", "iif", "ipproto", "sport", "dport", "table", "action",
+             "protocol"}
+    answers = [None] if set(rule) - known else []
+    for field, address in (("src", packet.source), ("dst", packet.target)):
+        if rule.get(field, "all") != "all":
+            answers.append(ip_inside(address, f"{rule[field]}/{rule.get(field + 'len', 32)}"))
+    if "iif" in rule:
+        answers.append(rule["iif"].split(" ")[0] == (packet.entry or "lo"))
+    if "ipproto" in rule:
+        answers.append(rule["ipproto"] == packet.protocol)
+    answers += [ports_hit(str(rule[field]).replace("-", ":"), getattr(packet, field))
+                for field in ("sport", "dport")
+                if field in rule]
+    return together_true(answers)
+
+
+def route_words(space, rule, route):
+    """A routing rule and its route -> (in words, the command that takes out what is not vpcctl's, is any)."""
+    prefix = ("ip",) + (("-n", space) if space else ())
+    if rule is None:
+        return "no route", None, False
+    own = str(rule.get("protocol")) == PROTOCOL or rule["priority"] in (0, 32766, 32767)
+    if not own:
+        words = ["pref", rule["priority"]]
+        for key, name in (("src", "from"), ("dst", "to")):
+            if rule.get(key, "all") != "all":
+                words += [name, f"{rule[key]}/{rule.get(key + 'len', 32)}"]
+        for key in ("iif", "ipproto", "sport", "dport"):
+            words += [key, rule[key]] if key in rule else []
+        words += [rule["action"]] if "action" in rule else ["lookup", rule.get("table")]
+        words = tuple(str(word) for word in words)
+        return "routing rule " + " ".join(words), shown(prefix + ("rule", "del") + words), True
+    if route is None or str(route.get("protocol")) in (PROTOCOL, "kernel"):
+        return "vpcctl's own rules", None, False
+    kind, table = route.get("type", ""), str(route.get("table", rule.get("table", "main")))
+    words = ((kind,) if kind else ()) + (route["dst"],) + (("dev", route["dev"]) if "dev" in route else ())
+    words += ("table", table) if table != "main" else ()
+    return "route " + " ".join(words), shown(prefix + ("route", "del") + words), True
 
 
 def render_explain(hops, ascii_only=False):
     """The hops as lines of text, the last ones the answer and what would change it."""
     marks = {True: "ok", False: "NO", None: "??"} if ascii_only else {True: "✓", False: "✗", None: "?"}
-    lines = ["%s %-14s %s" % (marks[hop.ok], hop.where, hop.text) for hop in hops]
+    lines = [f"{marks[hop.ok]} {hop.where:14} {hop.text}" for hop in hops]
     last = hops[-1]
     if last.ok is False:
-        cause = "" if last.where in ("address", "listening") else "blocked by %s: " % last.where
-        return lines + ["no: %s%s" % (cause, last.text), "to allow it: %s" % last.remedy]
+        end = render_end(last)
+        return lines + ["no: " + end[0]] + end[1:]
+    if last.where == "elsewhere":
+        return lines + [f"nobody can tell: {last.text}"]
     known = all(hop.ok for hop in hops)
-    return lines + ["yes%s: %s" % ("" if known else ", as far as the records tell", hops[0].text)]
+    return lines + [f"yes{'' if known else ', as far as can be told'}: {hops[0].text}"]
+
+
+def render_end(hop):
+    """The hop that blocks -> why, and what would allow it, as lines of text."""
+    cause = "" if hop.where in ("address", "listening", "machine") else f"blocked by {hop.where}: "
+    return [cause + hop.text] + ([f"to allow it: {hop.remedy}"] if hop.remedy else [])
 
 
 # ------------------------------------------------------------------------------------------------ trace: where was it seen?
@@ -5728,35 +6598,17 @@ Sighting = namedtuple("Sighting", "time space device out answer packet")
 Trace = namedtuple("Trace", "flow outcome seen missed causes here")    # here: the target is the host itself
 
 
-def show_trace(ctl, flow):
-    """Send a packet, print where it was seen -> whether it was answered. A dry run shows it by hand."""
-    if ctl.dry_run:
-        for space, device in dict.fromkeys(place[:2] for place in way(flow)):
-            enter = ("ip", "netns", "exec", space) if space else ()
-            ctl.say(f">>> {shown(enter + ('tcpdump', '-n', '-i', device, 'host', flow.address))} &")
-        ctl.say(f">>> {shown(probe_words(flow.source['ns'], flow.address, flow.port, flow.protocol))}")
-        return True
-    for subnet in filter(None, (flow.source, flow.host)):
-        if not is_namespace(subnet["ns"]):
-            raise Problem(f"subnet {subnet['name']} is down: there is no namespace {subnet['ns']}",
-                          "`vpcctl restore` brings it up", 3)
-    need_tools()
-    found = trace(ctl.world, flow)
-    say_signed(ctl, trace_lines(found, "ok" in mark(True)))
-    return is_answered(found)
-
-
-def probe_words(space, address, port, protocol):
-    """The command that sends such a packet by hand."""
-    if protocol == "icmp" or not port:
-        words = ("ping", "-c", "1", "-W", "3", address)
-    else:
-        words = ("nc", "-z", "-w", "3") + ("-u",) * (protocol == "udp") + (address, str(port))
-    return ("ip", "netns", "exec", space) + words
+def taps_by_hand(flow):
+    """The commands that show where a packet is seen, by hand."""
+    for space, device in dict.fromkeys(place[:2] for place in way(flow)):
+        enter = ("ip", "netns", "exec", space) if space else ()
+        yield shown(enter + ("tcpdump", "-n", "-i", device, "host", flow.address)) + " &"
 
 
 def trace(world, flow):
     """Send a packet and look where it is seen -> Trace, with causes if the right answer does not come."""
+    need_up(flow_ends(flow))
+    need_tools()
     taps = []
     try:
         for space in sorted({HOST} | {subnet["ns"] for subnet in (flow.source, flow.host) if subnet}):
@@ -5781,22 +6633,15 @@ def look(flow, taps):
     import time
     deadline = time.monotonic() + 5.0
     while True:
-        sent, patience = [], 1.0 if flow.far else 2.0      # beyond the host it may be a long way
-        outcome = send_traced(flow, patience, sent.append)
+        reply = send(flow, 1.0 if flow.far else 2.0)       # beyond the host it may be a long way
         end = time.time() * 10 ** 9
         heard = [sight for space, tap in taps for sight in read_tap(space, tap)]
-        seen = ours(heard, flow, sent[0] if sent else None)
+        seen = ours(heard, flow, reply.number)
         if not seen or seen[0].time < end or time.monotonic() > deadline:
             missed = sum(lost_frames(tap) for _, tap in taps)
             here = flow.address in (router_addresses(flow.far) if flow.far else host_addresses())
-            return Trace(flow, outcome, seen, missed, [], here)
+            return Trace(flow, reply.kind, seen, missed, [], here)
         time.sleep(0.02)
-
-
-def send_traced(flow, patience, note=None):
-    """Send the packet from the source's namespace -> what came of it."""
-    asked = (flow.address, flow.port, flow.protocol, patience, note)
-    return in_namespace(flow.source["ns"], lambda: probe(*asked))
 
 
 def open_tap(flow):
@@ -5988,7 +6833,7 @@ def find_causes(world, found):
     """Fill in the causes: send again and look what moves, then compare what is there with the records."""
     flow, space, last, causes = found.flow, gap_space(found), last_seen(found), found.causes
     before = in_place(space, rule_counters)
-    again = [send_traced(flow, 0.1) for _ in range(COPIES)]
+    again = [send(flow, 0.1).kind for _ in range(COPIES)]
     causes.extend(moved_rules(before, in_place(space, rule_counters)))
     for look_for in (route_causes, hardware_causes, neighbour_causes, source_causes):
         causes.extend(look_for(found))
@@ -6107,7 +6952,7 @@ def deciding_route(rules, routes, flow, target, source, device):
     hold the target, of all tables."""
     passed = []
     for rule in rules:
-        if not rule_hits(rule, flow, target, source, device):
+        if not routing_hits(rule, flow, target, source, device):
             continue
         usual = str(rule.get("protocol")) == PROTOCOL or rule["priority"] in (0, 32766, 32767)
         words = f"rule {rule['priority']}{'' if usual else FOREIGN}"
@@ -6142,7 +6987,7 @@ def prefix_length(block):
     return int(block.partition("/")[2] or 32)
 
 
-def rule_hits(rule, flow, target, source, device):
+def routing_hits(rule, flow, target, source, device):
     """Whether a routing rule speaks of a packet. (Marks: it has none.)"""
     wanted = [("iif", device or "lo"), ("ipproto", flow.protocol), ("dport", flow.port)]
     fits = all(key not in rule or str(rule[key]).split(" ")[0] == str(value) for key, value in wanted)
@@ -6220,7 +7065,7 @@ def listener_causes(flow):
     if flow.protocol == "icmp":
         return []
     where = sorted(listen_addresses(flow.port, flow.protocol))
-    if not where and app_recorded(flow.far, flow.host, flow.port, flow.protocol):
+    if not where and app_on(flow):
         return [f"nothing listens on {flow.what} there: `vpcctl restore` starts its app again"]
     if not where:
         return [f"nothing listens on {flow.what} there"]

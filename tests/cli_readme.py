@@ -18,7 +18,7 @@ import vpcctl  # noqa: E402
 
 # What the section on troubleshooting quotes.
 MESSAGES = ("this needs root: it works on the machine's network", "Cannot find required command: ", " exists already with ",
-            "refused: the host answered, nothing listens there", "no answer: dropped on the way", "ending process ",
+            "only: no other subnet reaches it", "ending process ",
             " in namespace ", " is in use already in ", "record unreadable: vpcctl delete --force ", "down: vpcctl restore",
             "this machine does not let ordinary users make namespaces")
 README = os.path.join(os.path.dirname(HERE), "README.md")

@@ -504,13 +504,13 @@ class AnswerTest(GuideTest):
         def ask(*words, code):
             return vpcctl("test-connectivity", "blog", "web", *words, code=code).out.splitlines()[0]
         self.assertRegex(ask(address, "--port", 5432, code=0), r"open$")
-        self.assertRegex(ask(address, "--port", 8000, code=1), r"refused: the host answered, nothing listens")
+        self.assertRegex(ask(address, "--port", 8000, code=1), r"refused$")
         with tcp_listener("ns-blog-db", 22):
-            self.assertRegex(ask(address, "--port", 22, code=1), r"no answer: dropped on the way$")
-        self.assertRegex(ask(address, code=0), r"\(ping\): open$")
+            self.assertRegex(ask(address, "--port", 22, code=1), r"no answer$")
+        self.assertRegex(ask(address, code=0), r"icmp: open$")
         self.assertNotRegex(ask("10.99.0.1", "--port", 80, code=1), r"open|refused")
         run(["ip", "netns", "exec", "ns-blog-db", "iptables", "-I", "INPUT", "-p", "icmp", "-j", "DROP"])
-        self.assertRegex(ask(address, code=1), r"no answer: dropped on the way$")
+        self.assertRegex(ask(address, code=1), r"no answer$")
 
 
 class AppTest(GuideTest):

@@ -229,11 +229,13 @@ class CommandTest(TraceTest):
 
     def test_probe_shows_it_when_it_disagrees(self):
         self.assertNotIn(" ms", cli("explain", *WEB_DB, "--probe").out)
-        self.run_all(["iptables -t raw -I PREROUTING -s 10.20.1.2 -j DROP"])
+        # the hops do not understand this condition; the packet knows
+        plant, undo = rules("raw", "PREROUTING", "-s 10.20.1.2 -m length --length 0:2000 -j DROP")
+        self.run_all(plant)
         told = cli("explain", *WEB_DB, "--probe", code=1).out
-        self.run_all(["iptables -t raw -D PREROUTING -s 10.20.1.2 -j DROP"])
-        self.assertIn("probe and records disagree; where the packet is seen:\n    0.000 ms  out of blog/web's card", told)
-        self.assertIn("chain PREROUTING: -s 10.20.1.2/32 -j DROP", told.splitlines()[-1])
+        self.run_all(undo)
+        self.assertIn("probe and hops disagree; where the packet is seen:\n    0.000 ms  out of blog/web's card", told)
+        self.assertIn("chain PREROUTING: -s 10.20.1.2/32 -m length --length 0:2000 -j DROP", told.splitlines()[-1])
 
     def test_a_subnet_that_is_down(self):
         cli("explain", *WEB_DB, "--trace")
@@ -247,7 +249,7 @@ class CommandTest(TraceTest):
 
     def test_a_dry_run_sends_nothing(self):
         with tcp_listener("ns-blog-db", 6000) as seen:
-            told = cli("--dry-run", "explain", "blog", "web", "db", "--port", "6000", "--trace").out
+            told = cli("--dry-run", "explain", "blog", "web", "db", "--port", "6000", "--trace", code=1).out
             self.assertIn(">>> ip netns exec ns-blog-web tcpdump -n -i v-blog-web-a host 10.20.2.2 &\n", told)
             self.assertTrue(told.endswith(">>> ip netns exec ns-blog-web nc -z -w 3 10.20.2.2 6000\n"), told)
             self.assertEqual(seen, [])

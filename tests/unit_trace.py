@@ -45,7 +45,7 @@ def make_flow(target=DB, port=5432, protocol="tcp"):
            "mac": "02:76:0a:14:00:01", "table": 7001, "nat": {"interface": "eth0"}, "subnets": subnets}
     near = target.startswith("10.20.")
     host = next((subnet for subnet in subnets if subnet["host_ip"] == target), None)
-    return vpcctl.Flow(vpc, subnets[0], vpc if near else None, host, target, protocol, port, f"{protocol}/{port}", "")
+    return vpcctl.Flow({"blog": vpc}, vpc, subnets[0], vpc if near else None, host, target, protocol, port, f"{protocol}/{port}", "")
 
 
 def sights(*seen):
@@ -167,16 +167,15 @@ class LookTest(unittest.TestCase):
         """What `look` makes of readings, each seconds later or earlier than the end of sending -> (trace, sent)."""
         sent, now = [], time.time()
 
-        def send(flow, patience, note):
+        def send(flow, _patience):
             sent.append(flow)
-            note(4000)
-            return "open"
+            return vpcctl.Reply("open", DB, 4000)
 
         def read(space, tap):
             late = readings[len(sent) - 1]
             return [sight._replace(time=sight.time // 1000 + int((now + late) * 10 ** 9)) for sight in sights(*THERE + BACK)]
         tap = mock.Mock(getsockopt=lambda *_: struct.pack("II", 24, 0))
-        with mock.patch.multiple(vpcctl, send_traced=send, read_tap=read):
+        with mock.patch.multiple(vpcctl, send=send, read_tap=read):
             return vpcctl.look(make_flow(), [("", tap)]), len(sent)
 
     def test_times_of_reading_are_no_times(self):
