@@ -3110,15 +3110,15 @@ def see_firewall(seen):
         see_table(seen, table, chains, rules)
 
 
-def saved_rules():
-    """What iptables-save prints of the host's tables. Without real root, iptables-legacy may not list their names, so
-    it is asked for those that we use."""
-    code, out, said = call(["iptables-save"])
+def saved_rules(*options):
+    """What iptables-save prints of all tables. Without real root, iptables-legacy may not list their names, so it is
+    asked for those that we use."""
+    code, out, said = call(["iptables-save", *options])
     if code and "Permission denied" in said:
-        answers = [call(["iptables-save", "-t", table]) for table in ("filter", "nat", "raw", "mangle")]
+        answers = [call(["iptables-save", *options, "-t", table]) for table in ("filter", "nat", "raw", "mangle")]
         code, out, said = max(code for code, _, _ in answers), "".join(out for _, out, _ in answers), answers[0][2]
     if code:
-        raise Failure(("iptables-save",), said)
+        raise Failure(("iptables-save",) + options, said)
     return out
 
 
@@ -5948,13 +5948,7 @@ def test_connectivity(ctl, args):
     protocol = args.protocol or ("tcp" if args.port else "icmp")
     flow = path_flow(ctl.world, args.vpc, args.subnet, args.target, args.port, protocol)
     if ctl.dry_run:
-        words = {"tcp": f"nc -z -w 3 {flow.address} {flow.port}",
-                 "udp": f"nc -zu -w 3 {flow.address} {flow.port}",
-                 "icmp": f"ping -c 1 -W 3 {flow.address}"}
-        return ctl.say(f">>> ip netns exec {subnet['ns']} {words[protocol]}")
-    if not is_namespace(subnet["ns"]):
-        raise Problem(f"subnet {args.subnet} is down: there is no namespace {subnet['ns']}",
-                      f"`vpcctl restore {args.vpc}` brings it up", 3)
+        return ctl.say(f">>> {shown(probe_words(flow))}")
     hops, reply = list(explained(flow, Sight(ctl.world))), send(flow)
     answer = verdict(flow, reply, hops)
     good = answer in EXPECTED[args.expect]
@@ -5973,7 +5967,9 @@ def test_connectivity(ctl, args):
 
 
 EXPECTED = {"open": ("open",), "refused": ("refused",), "blocked": ("rejected", "no route", "no answer")}
-Reply = namedtuple("Reply", "kind sender")        # what came back, and who sent it: an address, or "" (nobody)
+# What came back, and who sent it (an address, or "": nobody); number: the port it was sent from, or the ping's number.
+Reply = namedtuple("Reply", "kind sender number")
+Reply.__new__.__defaults__ = (0,)
 NO_REPLY = Reply("silence", "")
 
 
@@ -5982,9 +5978,27 @@ def end_name(vpc, subnet):
     return f"{vpc['name']}/{subnet['name']}" if subnet else ""
 
 
-def send(flow):
+def send(flow, patience=2.0):
     """Send the packet of a flow from its namespace -> Reply."""
-    return in_namespace(flow.source["ns"], lambda: probe([(flow.address, flow.port, flow.protocol)])[0])
+    need_up([(flow.home, flow.source)])
+    question = flow.address, flow.port, flow.protocol
+    return in_namespace(flow.source["ns"], lambda: probe([question], patience)[0])
+
+
+def need_up(ends):
+    """A Problem unless the namespaces of these subnets, with their VPCs, are there."""
+    for vpc, subnet in ends:
+        if not is_namespace(subnet["ns"]):
+            raise Problem(f"subnet {subnet['name']} is down: there is no namespace {subnet['ns']}",
+                          f"`vpcctl restore {vpc['name']}` brings it up", 3)
+
+
+def probe_words(flow):
+    """The command that sends the packet of a flow by hand."""
+    words = {"tcp": ("nc", "-z", "-w", "3", flow.address, str(flow.port)),
+             "udp": ("nc", "-zu", "-w", "3", flow.address, str(flow.port)),
+             "icmp": ("ping", "-c", "1", "-W", "3", flow.address)}
+    return ("ip", "netns", "exec", flow.source["ns"]) + words[flow.protocol]
 
 
 def blocking(hops):
@@ -6025,7 +6039,9 @@ def answer_reasons(flow, answer, hops):
     if flow.protocol == "udp" and answer == "no answer" and is_heard(hops):
         return ["something listens there, and need not answer what it does not understand"]
     unknown = [f"? {hop.where}: {hop.text}" for hop in hops if hop.ok is None]
-    return unknown or ["nothing is seen that would stop it"]
+    return (unknown or ["nothing is seen that would stop it"]) + [
+        f"to see where it is lost: vpcctl explain {flow.home['name']} {flow.source['name']} {flow.address}"
+        f"{flow.options} --trace"]
 
 
 def probe(questions, patience=2.0):
@@ -6044,11 +6060,11 @@ def probe(questions, patience=2.0):
                 del waiting[number]
     for one in probes:
         one.socket.close()
-    return [one.reply for one in probes]
+    return [one.reply._replace(number=one.number) for one in probes]
 
 
 class Probe:
-    """One packet, and what came of it: `reply`."""
+    """One packet, and what came of it: `reply`. It carries something of its own: so it is known behind NAT."""
 
     def __init__(self, address, port, protocol):
         import select
@@ -6060,7 +6076,12 @@ class Probe:
         self.socket.setblocking(False)
         self.socket.setsockopt(socket.IPPROTO_IP, 11, 1)                  # IP_RECVERR: who sent the error, too
         self.events = select.POLLIN | (select.POLLOUT if protocol == "tcp" else 0)
-        self.packet = echo_request() if protocol == "icmp" else b"vpcctl"
+        self.packet = echo_request() if protocol == "icmp" else b"vpcctl" + os.urandom(6)
+        if protocol == "icmp":
+            self.number = int.from_bytes(self.packet[4:6], "big")
+        else:
+            self.socket.bind(("", 0))
+            self.number = self.socket.getsockname()[1]
 
     def send(self):
         """Send it -> whether there is something to wait for."""
@@ -6124,7 +6145,7 @@ def echo_request():
     """A ping, by hand: `ping` is not installed everywhere."""
     import struct
     number = int.from_bytes(os.urandom(2), "big")     # others may be pinging here as well
-    body = struct.pack("!BBHHH", 8, 0, 0, number, 1) + b"vpcctl"
+    body = struct.pack("!BBHHH", 8, 0, 0, number, 1) + b"vpcctl" + os.urandom(6)
     total = sum(struct.unpack(f"!{len(body) // 2}H", body))
     total = (total & 0xffff) + (total >> 16)
     return body[:2] + struct.pack("!H", ~(total + (total >> 16)) & 0xffff) + body[4:]
@@ -6138,47 +6159,66 @@ def echo_request():
          arg("--protocol", choices=PROTOCOLS, default="tcp",
              help="tcp (default), udp, icmp (ping) or all: any but these three, of which only rules for all speak"),
          arg("--probe", action="store_true", help="also send the packet, and say if it disagrees (needs root)"),
+         arg("--trace", action="store_true", help="also send the packet, and show where it is seen (needs root)"),
          arg("--policy", action="store_true", help="print the policy that would let it pass, for apply-policy"),
          arg("--json", action="store_true", help="the hops as JSON"))
 def explain(ctl, args):
     """walk the way of a packet, hop by hop, and say what blocks it and which command would allow it"""
     ctl.subnet(ctl.vpc(args.vpc), args.subnet)
     asked = (ctl.world, args.vpc, args.subnet, args.target, args.port, args.protocol)
-    if args.probe and args.protocol == "all":
-        raise Problem("a probe speaks tcp, udp or icmp", "leave --probe out, or name one of these")
+    if (args.probe or args.trace) and args.protocol == "all":
+        raise Problem("a probe speaks tcp, udp or icmp", "leave --probe and --trace out, or name one of these")
     if args.policy:
         found = path_policy(*asked)
         if not found:
             raise Problem("no policy is in the way", "`vpcctl explain` without --policy shows what is", 1)
         return ctl.show(json.dumps(found[1], indent=2))
-    if args.probe:
+    if (args.probe or args.trace) and not ctl.dry_run:
         need_root()
     flow = path_flow(*asked)
     hops = list(explained(flow, Records() if ctl.dry_run else Sight(ctl.world)))
-    answer = verdict(flow, send(flow), hops) if args.probe and not ctl.dry_run else None
-    blocked = any(hop.ok is False for hop in hops)
+    if not args.json:
+        say_signed(ctl, render_explain(hops, "ok" in mark(True)))
+    answer, found = sent(ctl, flow, hops, args)
+    blocked = blocking(hops) is not None
     if args.json:
         passes = False if blocked else all(hop.ok for hop in hops) or None
         told = [{key: getattr(hop, key) for key in ("ok", "where", "text", "remedy")} for hop in hops]
         ctl.show(json.dumps({"from": end_name(flow.home, flow.source),
                              "to": end_name(flow.far, flow.host) or flow.address,
                              "protocol": flow.protocol, "port": flow.port, "passes": passes,
-                             "hops": told, "probe": answer}, indent=2))
-    else:
-        say_explained(ctl, hops, answer)
-    return 1 if blocked or (answer or "open") != "open" else 0
+                             "hops": told, "probe": answer, "trace": found and trace_data(found)}, indent=2))
+    elif found:
+        say_signed(ctl, trace_lines(found, "ok" in mark(True)))
+    return 1 if blocked or (answer or "open") != "open" or (found and not is_answered(found)) else 0
 
 
-def say_explained(ctl, hops, answer):
-    """Print the hops, and what came of a packet if one was sent."""
+def sent(ctl, flow, hops, args):
+    """Send the packet if that was asked for -> (its answer or None, its Trace or None). Where the answer is not
+    what the hops say, it is traced, too. A dry run shows how to do it by hand."""
+    answer, found = None, None
+    if ctl.dry_run:
+        for argv in [*taps_by_hand(flow)] * args.trace + [shown(probe_words(flow))] * (args.probe or args.trace):
+            ctl.say(f">>> {argv}")
+        return answer, found
+    if args.probe:
+        answer = verdict(flow, send(flow), hops)
+    differs = answer and (answer == "open") == (blocking(hops) is not None)
+    if args.trace or differs:
+        found = trace(ctl.world, flow)
+    if answer and not args.json:
+        ctl.say(f"probe: {answer}")
+    if differs and not args.json:
+        ctl.say("probe and hops disagree; where the packet is seen:")
+    return answer, found
+
+
+def say_signed(ctl, lines):
+    """Print lines; a sign at the beginning has its colour."""
     colours = {"\u2713": 32, "ok": 32, "\u2717": 31, "NO": 31, "?": 33, "??": 33}
-    for line in render_explain(hops, "ok" in mark(True)):
+    for line in lines:
         sign, _, rest = line.partition(" ")
         ctl.say(f"{paint(sign, colours[sign])} {rest}" if sign in colours else line)
-    if answer:
-        ctl.say(f"probe: {answer}")
-    if answer and (answer == "open") == any(hop.ok is False for hop in hops):
-        ctl.say("probe and hops disagree: something is in play that is not seen here")
 
 
 # ok: True, False, or None where nobody can tell; answer: what a packet comes to that is stopped there.
@@ -7218,6 +7258,626 @@ def render_end(hop):
     """The hop that blocks -> why, and what would allow it, as lines of text."""
     cause = "" if hop.where in ("address", "listening", "machine") else f"blocked by {hop.where}: "
     return [cause + hop.text] + ([f"to allow it: {hop.remedy}"] if hop.remedy else [])
+
+
+# ------------------------------------------------------------------------------------------------ trace: where was it seen?
+# Raw sockets in the source's and the target's namespace and on the host see what every card takes in, before
+# any rule is asked, and what it sends, after all of them, with the kernel's time.
+
+HOST = ""                         # the host, among the namespaces in which a packet is seen
+COPIES = 3                        # a lost packet is sent so often again: what drops it counts as many
+ICMP, TCP, UDP = 1, 6, 17
+# Python's socket module does not name these.
+SO_ATTACH_FILTER, SO_RCVBUFFORCE, SO_TIMESTAMPNS, SOL_PACKET, PACKET_STATISTICS = 26, 33, 35, 263, 6
+PACKET_OUTGOING, TAP_BUFFER = 4, 1 << 23
+ICMP_ERRORS = {(3, 0): "net unreachable", (3, 1): "host unreachable", (3, 2): "protocol unreachable",
+               (3, 3): "port unreachable", (3, 4): "fragmentation needed", (3, 9): "net prohibited",
+               (3, 10): "host prohibited", (3, 13): "administratively prohibited", (11, 0): "time exceeded"}
+DEAD_ENDS = ("blackhole", "unreachable", "prohibit")
+ENDS_WAY = re.compile(r" -j (DROP|REJECT|DNAT|REDIRECT|TPROXY|NFQUEUE|TARPIT)\b")
+FOREIGN = " (not vpcctl's)"
+BEFORE_ROUTING = "; PREROUTING of raw, mangle, nat"
+ANSWERS_YES = ("SYN-ACK", "datagram", "echo reply")
+Frame = namedtuple("Frame", "ends mark kind quoted")    # ends: (protocol, source, port, target, port)
+Sighting = namedtuple("Sighting", "time space device out answer packet")
+Trace = namedtuple("Trace", "flow outcome seen missed causes here")    # here: the target is the host itself
+
+
+def taps_by_hand(flow):
+    """The commands that show where a packet is seen, by hand."""
+    for space, device in dict.fromkeys(place[:2] for place in way(flow)):
+        enter = ("ip", "netns", "exec", space) if space else ()
+        yield shown(enter + ("tcpdump", "-n", "-i", device, "host", flow.address)) + " &"
+
+
+def trace(world, flow):
+    """Send a packet and look where it is seen -> Trace, with causes if the right answer does not come."""
+    need_up(flow_ends(flow))
+    need_tools()
+    taps = []
+    try:
+        for space in sorted({HOST} | {subnet["ns"] for subnet in (flow.source, flow.host) if subnet}):
+            taps.append((space, in_place(space, lambda: open_tap(flow))))
+        found = look(flow, taps)
+    finally:
+        for _, tap in taps:
+            tap.close()
+    try:
+        if not is_answered(found):
+            find_causes(world, found)
+    except Failure as failure:
+        found.causes.append(f"could not look further: `{shown(failure.argv)}` failed: {failure.said}")
+    return found
+
+
+def look(flow, taps):
+    """Send a packet and read where the taps heard it -> Trace, without causes.
+
+    Asked for times, the kernel begins to note them a moment later (a busy machine: a second), and until then
+    gives the time of reading. That is later than the end of sending: all is done again."""
+    import time
+    deadline = time.monotonic() + 5.0
+    while True:
+        reply = send(flow, 1.0 if flow.far else 2.0)       # beyond the host it may be a long way
+        end = time.time() * 10 ** 9
+        heard = [sight for space, tap in taps for sight in read_tap(space, tap)]
+        seen = ours(heard, flow, reply.number)
+        if not seen or seen[0].time < end or time.monotonic() > deadline:
+            missed = sum(lost_frames(tap) for _, tap in taps)
+            here = flow.address in (router_addresses(flow.far) if flow.far else host_addresses())
+            return Trace(flow, reply.kind, seen, missed, [], here)
+        time.sleep(0.02)
+
+
+def open_tap(flow):
+    """Called in a namespace -> a socket that hears the flow's packets on all interfaces, with times."""
+    import array
+    import socket
+    import struct
+    tap = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(3))
+    tap.setblocking(False)
+    program = tap_filter(bounds(flow.source["host_ip"] + "/32")[0], bounds(flow.address + "/32")[0])
+    code = array.array("B", b"".join(struct.pack("HBBI", *line) for line in program))
+    attached = struct.pack("HP", len(program), code.buffer_info()[0])
+    tap.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, attached)
+    tap.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
+    try:
+        tap.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, TAP_BUFFER)
+    except OSError:                               # only real root may have more than others
+        tap.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, TAP_BUFFER)
+    return tap
+
+
+def tap_filter(source, target):
+    """What the kernel hands us of a busy card, as its filter machine reads it: ICMP, and what has one of the
+    two addresses at an end; of TCP only what opens or refuses a connection."""
+    yes, no = 14, 15
+    lines = [(0x28, 0, 0, 0xfffff000), (0x15, 0, no, 0x0800),                      # IPv4?
+             (0x30, 0, 0, 9), (0x15, yes, 0, ICMP), (0x15, 0, 8, TCP),
+             (0xb1, 0, 0, 0), (0x50, 0, 0, 13), (0x45, 0, no, 0x06),               # TCP: with SYN or RST?
+             (0x20, 0, 0, 12), (0x15, yes, 0, source), (0x15, yes, 0, target),
+             (0x20, 0, 0, 16), (0x15, yes, 0, source), (0x15, yes, no, target),
+             (0x06, 0, 0, 512), (0x06, 0, 0, 0)]
+    # Jumps are written here as the line they lead to; the kernel counts the lines to skip.
+    return [(code, then and then - at - 1, other and other - at - 1, value)
+            for at, (code, then, other, value) in enumerate(lines)]
+
+
+def read_tap(space, tap):
+    """What a socket has heard so far, as sights."""
+    import struct
+    found = []
+    while True:
+        try:
+            data, extra, _, (device, _, kind, *_) = tap.recvmsg(512, 64)
+        except BlockingIOError:
+            return found
+        packet = read_packet(data)
+        if packet:
+            seconds, parts = struct.unpack("ll", extra[0][2])
+            time, out = seconds * 10 ** 9 + parts, kind == PACKET_OUTGOING
+            found.append(Sighting(time, space, device, out, False, packet))
+
+
+def lost_frames(tap):
+    """How many frames the kernel could not keep for us."""
+    import struct
+    return struct.unpack("II", tap.getsockopt(SOL_PACKET, PACKET_STATISTICS, 8))[1]
+
+
+def read_packet(data):
+    """The bytes of a packet -> Frame; None if it neither opens a connection nor answers."""
+    ends = read_ends(data)
+    if not ends:
+        return None
+    body = data[(data[0] & 15) * 4:]
+    if ends[0] == TCP and len(body) > 13:
+        kind = {0x02: "SYN", 0x12: "SYN-ACK"}.get(body[13] & 0x16) or ("RST" if body[13] & 4 else None)
+        return Frame(ends, body[4:8], kind, None) if kind else None
+    if ends[0] == UDP:
+        return Frame(ends, body[8:], "datagram", None)
+    if ends[0] == ICMP and body[0] in (0, 8):
+        return Frame(ends, body[8:], "echo request" if body[0] else "echo reply", None)
+    if ends[0] == ICMP and body[0] in (3, 11, 12):
+        what = ICMP_ERRORS.get((body[0], body[1]), f"type {body[0]} code {body[1]}")
+        return Frame(ends, None, f"ICMP {what} from {ends[1]}", read_ends(body[8:]))
+    return None
+
+
+def read_ends(data):
+    """(protocol, source, port, target, port) of a packet of which 8 bytes or more follow the header, or None.
+    A ping's number counts as both ports."""
+    import struct
+    start = (data[0] & 15) * 4 if data else 0
+    if len(data) < max(start, 20) + 8 or data[0] >> 4 != 4 or data[9] not in (ICMP, TCP, UDP):
+        return None
+    if data[6] & 31 or data[7]:                   # a later fragment
+        return None
+    source, target = struct.unpack("!II", data[12:20])
+    one, other = struct.unpack("!HH", data[start:start + 4])
+    if data[9] == ICMP:
+        one = other = struct.unpack("!H", data[start + 4:start + 6])[0]
+    return data[9], dotted(source), one, dotted(target), other
+
+
+def ours(sights, flow, number):
+    """The sights of the packet that was sent from a port (a ping: with a number) and of its answer, in order,
+    each place once. NAT changes the ends: the packet is known by what it carries, the answer by its ends."""
+    protocol = {"tcp": TCP, "udp": UDP, "icmp": ICMP}[flow.protocol]
+    mark, known, found = None, set(), {}
+    for sight in sorted(sights, key=lambda sight: sight.time):
+        packet, (kind, source, port, target, far_port) = sight.packet, sight.packet.ends
+        sent = (protocol, number, flow.address, number if flow.port is None else flow.port)
+        if mark is None and sight.space == flow.source["ns"] and (kind, port, target, far_port) == sent:
+            mark = packet.mark
+        answer = (kind, target, far_port, source, port) in known or packet.quoted in known
+        if not answer:
+            if mark is None or packet.mark != mark or packet.kind in ("SYN-ACK", "RST", "echo reply"):
+                continue
+            known.add(packet.ends)
+        found.setdefault((sight.space, sight.device, sight.out, answer), sight._replace(answer=answer))
+    return list(found.values())
+
+
+def way(flow):
+    """The places on the way there and back, in order: (namespace, interface, out of it, is it the answer)."""
+    source, host, nat = flow.source, flow.host, flow.home.get("nat")
+    if host is source:
+        there = [(source["ns"], "lo", True), (source["ns"], "lo", False)]
+    else:
+        there = [(source["ns"], source["veth"] + "-a", True), (HOST, source["veth"] + "-b", False),
+                 (HOST, flow.home["bridge"], False)]
+    if host and host is not source:
+        there += [(HOST, flow.far["bridge"], True), (HOST, host["veth"] + "-b", True),
+                  (host["ns"], host["veth"] + "-a", False)]
+    elif nat and not flow.far:
+        there.append((HOST, nat["interface"], True))
+    return [place + (False,) for place in there] + [
+        (space, device, not out, True) for space, device, out in reversed(there)]
+
+
+def flow_ends(flow):
+    """The subnets at the two ends, with their VPCs."""
+    return [(vpc, subnet) for vpc, subnet in ((flow.home, flow.source), (flow.far, flow.host)) if subnet]
+
+
+def arrival(flow):
+    """The place where the packet comes to the target's namespace, as in `way`; None if it has none."""
+    space = flow.host and flow.host["ns"]
+    return next((place for place in way(flow) if place[0] == space and not place[2]), None)
+
+
+def place_of(sight):
+    """A sight's place, as in `way`."""
+    return sight.space, sight.device, sight.out, sight.answer
+
+
+def is_answered(found):
+    """Whether an answer came, and from where the packet was to go: a rule may have sent it elsewhere."""
+    if found.outcome != "open" or found.missed:
+        return found.outcome == "open"
+    if found.flow.host:
+        return any(place_of(sight) == arrival(found.flow) for sight in found.seen)
+    left = any((sight.space, sight.out, sight.answer) == (HOST, True, False) for sight in found.seen)
+    return found.here or left
+
+
+def host_addresses():
+    """The addresses of the host."""
+    return {address.get("local")
+            for link in ask("ip", "-j", "-4", "addr", "show", has="ifname")
+            for address in link.get("addr_info", ())}
+
+
+def last_seen(found):
+    """Where the packet was lost or turned back: the last sight before; None if it never left.
+
+    A refusal that came back is not lost: what counts is where it began."""
+    refused = any(place_of(sight) == way(found.flow)[-1] and (
+        found.outcome == "open" or sight.packet.kind not in ANSWERS_YES) for sight in found.seen)
+    kept = [sight for sight in found.seen if not (refused and sight.answer)]
+    return kept[-1] if kept else None
+
+
+def gap_space(found):
+    """The namespace in which the packet was lost or turned back."""
+    last = last_seen(found)
+    if not last:
+        return found.flow.source["ns"]
+    return HOST if last.out else last.space
+
+
+def in_place(space, work):
+    """Run work() in a namespace, or on the host."""
+    return in_namespace(space, work) if space else work()
+
+
+# -- why was it not seen any further?
+
+def find_causes(world, found):
+    """Fill in the causes: send again and look what moves, then compare what is there with the records."""
+    flow, space, last, causes = found.flow, gap_space(found), last_seen(found), found.causes
+    before = in_place(space, rule_counters)
+    again = [send(flow, 0.1).kind for _ in range(COPIES)]
+    causes.extend(moved_rules(before, in_place(space, rule_counters)))
+    for look_for in (route_causes, hardware_causes, neighbour_causes, source_causes):
+        causes.extend(look_for(found))
+    causes.extend(drift_causes(world, flow))
+    if not causes and last and place_of(last) == arrival(flow):
+        causes.extend(in_place(space, lambda: listener_causes(flow)))
+    if not causes:
+        causes.extend([f"perhaps {rule}: it has no counter" for rule in before if before[rule] is None][:5])
+    if found.outcome != "open" and "open" in again:
+        causes.append(f"of {COPIES} sent again, {again.count('open')} were answered: not each is lost")
+
+
+def rule_counters():
+    """Called in a namespace: what ends a packet's way -> {rule in words: packets, or None: not counted}."""
+    text = saved_rules("-c")
+    found = counted_rules(text)
+    if find_tool("nft"):
+        found.update(counted_nft(call(["nft", "list", "ruleset"])[1], set(parse_rules(text))))
+    return found
+
+
+def counted_rules(text):
+    """What `iptables-save -c` prints -> {rule in words: packets}, of what ends a packet's way or turns it."""
+    found, table = {}, ""
+    for line in text.splitlines():
+        if line.startswith("*"):
+            table = line[1:]
+        policy = re.match(r":(\S+) DROP \[(\d+):", line)
+        rule = re.match(r"\[(\d+):\d+\] -A (\S+)(.*)", line)
+        if policy:
+            found[f"table {table}, chain {policy.group(1)}: its policy DROP"] = int(policy.group(2))
+        elif rule and ENDS_WAY.search(rule.group(3)):
+            comment = comment_of(rule_words(line))
+            own = is_our_comment(comment, True) or comment.startswith("policy-")
+            words = f"table {table}, chain {rule.group(2)}:{rule.group(3)}{'' if own else FOREIGN}"
+            found[words] = found.get(words, 0) + int(rule.group(1))
+    return found
+
+
+def counted_nft(text, known):
+    """What `nft list ruleset` prints -> {rule in words: packets or None}, without the tables of iptables."""
+    found, table, chain, own = {}, "", "", {"ip " + table for table in known}
+    for line in (line.strip() for line in text.splitlines()):
+        head = re.match(r"(table|chain) (.*) \{\Z", line)
+        if head and head.group(1) == "table":
+            table = head.group(2)
+        elif head:
+            chain = head.group(2)
+        elif table not in own and re.search(r"\b(drop|reject|queue|dnat|redirect|tproxy)\b", line):
+            counter = re.search(r"counter packets (\d+) bytes \d+ ?", line)
+            rule = line.replace(counter.group(), "") if counter else line
+            words = f"nft table {table}, chain {chain}: {rule}{FOREIGN}"
+            found[words] = int(counter.group(1)) if counter else None
+    return found
+
+
+def moved_rules(before, after):
+    """Which rules counted the packets that were sent in between -> lines. Others may send as well: what
+    counted just as many comes before what counted more."""
+    moved = {rule: number - (before.get(rule) or 0) for rule, number in after.items() if number is not None}
+    least = min([number for number in moved.values() if number >= COPIES], default=None)
+    return [f"rule: {rule}: counted {least} packets when {COPIES} were sent again"
+            for rule, number in moved.items()
+            if number == least]
+
+
+def route_causes(found):
+    """What routing makes of the packet where it was lost, if that is not the next place on its way."""
+    flow, last, places = found.flow, last_seen(found), way(found.flow)
+    own, far = flow.source["host_ip"], flow.address
+    if not last:
+        return in_place(flow.source["ns"], lambda: routing(flow, far, None, None, places[0][1]))
+    if last.space == HOST and last.out and place_of(last) not in places:      # out where it should not be
+        last = next((sight for sight in reversed(found.seen) if sight.space == HOST and not sight.out), last)
+    if last.out or last.device in ["lo"] + [subnet["veth"] + "-b" for _, subnet in flow_ends(flow)]:
+        return []                                 # no place where a way is chosen
+    source, target = (far, own) if last.answer else (own, far)
+    after = places[places.index(place_of(last)) + 1:][:1] if place_of(last) in places else []
+    wanted = after[0][1] if after and after[0][2:] == (True, last.answer) else None
+    causes = in_place(last.space, lambda: routing(flow, target, source, last.device, wanted))
+    if place_of(last) == arrival(flow):
+        causes += in_place(last.space, lambda: routing(flow, source, None, None, last.device))
+    return causes
+
+
+def routing(flow, target, source, device, wanted):
+    """Called in a namespace: ask for the way to `target` of a packet that came in by `device` (None: its own)
+    -> lines, if there is none or not by the interface wanted."""
+    words, reason, taken = ("from", source, "iif", device) if device else (), "", None
+    try:
+        ways = ask("ip", "-j", "-4", "route", "get", target, *words, has="dev")
+        taken = ways[0]["dev"] if ways else None
+    except Failure as failure:
+        reason = failure.said.rpartition("answers: ")[2]
+    if not reason and wanted in (None, taken):
+        return []
+    rules = ask("ip", "-j", "-4", "rule", "show", has="priority")
+    routes = ask("ip", "-j", "-4", "route", "show", "table", "all", "match", target, has="dst")
+    kind, decided, out_by = deciding_route(rules, routes, flow, target, source, device)
+    if not reason:
+        return [f"routing: out by {taken}: {decided}"]
+    if kind in DEAD_ENDS or not kind:
+        return [f"routing: {decided}"]
+    if device and reason in ("Invalid argument", "Invalid cross-device link"):
+        # The kernel looks for the way back as if the packet came in where it is to go out.
+        routes = ask("ip", "-j", "-4", "route", "show", "table", "all", "match", source, has="dst")
+        back = deciding_route(rules, routes, flow, source, target, out_by)[1]
+        reason = f"{source} may not come in by {device} (rp_filter), as the way back to it is another: {back}"
+    elif device and sysctl_value(link_conf("ipv4", device, "forwarding")) == "0":
+        reason = f"{target} is no address here, and {device} forwards nothing (forwarding is 0)"
+    return [f"routing: {reason}; the way on is {decided}"]
+
+
+def deciding_route(rules, routes, flow, target, source, device):
+    """The routing rule and route that decide a packet's way -> (type, words, interface). `routes`: those that
+    hold the target, of all tables."""
+    passed = []
+    for rule in rules:
+        if not routing_hits(rule, flow, target, source, device):
+            continue
+        usual = str(rule.get("protocol")) == PROTOCOL or rule["priority"] in (0, 32766, 32767)
+        words = f"rule {rule['priority']}{'' if usual else FOREIGN}"
+        if rule.get("action") in DEAD_ENDS:
+            before = f"no way to {target} in table {', '.join(passed)}; " if passed else ""
+            return rule["action"], f"{before}{words} says {rule['action']}", None
+        route = longest_route(routes, rule)
+        if not route:
+            passed += [str(rule.get("table"))] * (rule["priority"] > 0)
+            continue
+        kind = route.get("type", "unicast")
+        shown_route = [kind] * (kind != "unicast") + [route["dst"]] + [
+            f"{word} {route[key]}" for word, key in (("via", "gateway"), ("dev", "dev")) if key in route]
+        foreign = FOREIGN * (kind in DEAD_ENDS and str(route.get("protocol")) != PROTOCOL)
+        return kind, f"{words}, table {rule['table']}: {' '.join(shown_route)}{foreign}", route.get("dev")
+    return None, f"no rule and no table knows a way to {target}", None
+
+
+def longest_route(routes, rule):
+    """The route that a rule finds in its table, or None if the next rule is asked."""
+    fitting = [route for route in routes if str(route.get("table", "main")) == str(rule.get("table"))]
+    longest = max(fitting, key=lambda route: prefix_length(route["dst"]), default=None)
+    if not longest or longest.get("type") == "throw":
+        return None
+    return longest if prefix_length(longest["dst"]) > rule.get("suppress_prefixlen", -1) else None
+
+
+def prefix_length(block):
+    """The length of a block as `ip` prints it."""
+    if block == "default":
+        return 0
+    return int(block.partition("/")[2] or 32)
+
+
+def routing_hits(rule, flow, target, source, device):
+    """Whether a routing rule speaks of a packet. (Marks: it has none.)"""
+    wanted = [("iif", device or "lo"), ("ipproto", flow.protocol), ("dport", flow.port)]
+    fits = all(key not in rule or str(rule[key]).split(" ")[0] == str(value) for key, value in wanted)
+    for key, address in (("src", source or flow.source["host_ip"]), ("dst", target)):
+        if rule.get(key, "all") != "all":
+            fits = fits and ip_inside(address, f"{rule[key]}/{rule.get(key + 'len', 32)}")
+    fits = fits and int(str(rule.get("fwmark", 0)), 0) == 0
+    return fits != ("not" in rule)
+
+
+def hardware_causes(found):
+    """What is amiss between cards and bridges: hardware addresses that are not the recorded ones, ports."""
+    flow, causes = found.flow, []
+    for vpc, subnet in flow_ends(flow):
+        name, card = f"{vpc['name']}/{subnet['name']}", subnet["veth"] + "-a"
+        for entry in in_place(subnet["ns"], lambda: ask("ip", "-j", "-4", "neigh", "show", has="dst")):
+            if entry["dst"] == subnet["gw"] and entry.get("lladdr", vpc["mac"]) != vpc["mac"]:
+                causes.append(f"neighbour entry in {name}: {entry['dst']} is at {entry['lladdr']}, but "
+                              f"bridge {vpc['bridge']} has {vpc['mac']}")
+        for link in in_place(subnet["ns"], lambda: ask("ip", "-j", "link", "show", has="ifname")):
+            if link["ifname"] == card and link.get("address") != subnet["mac"]:
+                causes.append(f"{name}'s card has hardware address {link['address']}, not {subnet['mac']}")
+    devices = {device for _, device, _, _ in way(flow)}
+    for link in ask_links():
+        state = link.get("linkinfo", {}).get("info_slave_data", {}).get("state", "forwarding")
+        if link["ifname"] in devices and state != "forwarding" and "UP" in link["flags"]:
+            causes.append(f"port {link['ifname']} is {state}, not forwarding")
+    return causes
+
+
+def neighbour_causes(found):
+    """Next stations that do not answer ARP, where the packet was lost."""
+    flow = found.flow
+    hops = {address for sight in found.seen for address in sight.packet.ends[1::2]}
+    hops |= {flow.source["gw"], flow.address}
+    hops |= {route.get("gateway") for route in ask("ip", "-j", "-4", "route", "show", "default", has="dst")}
+    devices = {device for _, device, _, _ in way(flow)}
+    return [f"nobody answers ARP for {entry['dst']} on {entry['dev']}"
+            for entry in in_place(gap_space(found), lambda: ask("ip", "-j", "-4", "neigh", "show", has="dst"))
+            if set(entry.get("state", ())) & {"FAILED", "INCOMPLETE"}
+            if entry["dst"] in hops and entry["dev"] in devices]
+
+
+def source_causes(found):
+    """Whether the packet left the host with an address that answers do not find: what NAT is for."""
+    last = last_seen(found)
+    if not last or last.answer or found.flow.far or place_of(last)[:3] != (HOST, last.device, True):
+        return []
+    source = last.packet.ends[1]
+    if source in host_addresses():
+        return []
+    return [f"it left with {source}, no address of this host: no answer finds back"]
+
+
+def drift_causes(world, flow):
+    """What `verify` would find missing or changed of the parts on the way."""
+    ends = [subnet for _, subnet in flow_ends(flow)]
+    vpcs = {vpc["name"]: vpc for vpc in (flow.home, flow.far) if vpc}
+    others = [f"'{word}'"
+              for vpc in vpcs.values()
+              for subnet in vpc["subnets"]
+              if subnet not in ends
+              for word in (subnet["ns"], subnet["veth"] + "-b", subnet["mac"], subnet["host_ip"])]
+    seen = observe({"": {"subnets": ends}})
+    found = []
+    for fact, step in plan(world, set(vpcs)).items():
+        if step.phase == FILE or seen.holds(step) or any(word in repr(fact) for word in others):
+            continue
+        found.append(f"not as recorded: {describe(step)}; `vpcctl restore` repairs it")
+    return found
+
+
+def listener_causes(flow):
+    """Called in the target's namespace: who listens on the port -> lines."""
+    if flow.protocol == "icmp":
+        return []
+    where = sorted(listen_addresses(flow.port, flow.protocol))
+    if not where and app_on(flow):
+        return [f"nothing listens on {flow.what} there: `vpcctl restore` starts its app again"]
+    if not where:
+        return [f"nothing listens on {flow.what} there"]
+    if not set(where) & {"0.0.0.0", flow.address, "::"}:
+        return [f"{flow.what} listens on {', '.join(where)} only: no other subnet reaches it"]
+    return [f"a program listens on {flow.what} there, but does not answer"]
+
+
+def listen_addresses(port, protocol):
+    """The addresses on which somebody listens on a port, in the calling thread's namespace."""
+    found = set()
+    for kind in (protocol, protocol + "6"):
+        try:
+            with open("/proc/thread-self/net/" + kind) as rows:
+                lines = [row.split() for row in list(rows)[1:]]
+        except OSError:
+            continue                              # this kernel has no IPv6
+        for words in lines:
+            address, _, number = words[1].rpartition(":")
+            if int(number, 16) == port and words[3] == ("0A" if protocol == "tcp" else "07"):
+                # the kernel prints the address as the machine keeps it in memory
+                packed = int(address[-8:], 16).to_bytes(4, sys.byteorder)
+                found.add("::" if not int(address, 16) and len(address) > 8 else ".".join(map(str, packed)))
+    return found
+
+
+# -- the tale
+
+def place_words(flow, sight):
+    """Where a sight was, in words."""
+    names = {}
+    for vpc, subnet in flow_ends(flow):
+        card, port, bridge = subnet["veth"] + "-a", subnet["veth"] + "-b", vpc["bridge"]
+        names[subnet["ns"], card] = f"{vpc['name']}/{subnet['name']}'s card {card}"
+        names.update({(HOST, port): f"port {port}", (HOST, bridge): f"bridge {bridge}"})
+    name = names.get((sight.space, sight.device), sight.device)
+    return f"{'out of' if sight.out else 'in at'} {name}"
+
+
+def sight_words(flow, sight, last):
+    """A sight as a line says it: the answer's kind, the place, and what NAT has changed since the last."""
+    protocol, *ends = sight.packet.ends
+    _, *before = last.packet.ends
+    if sight.answer != last.answer:
+        before = before[2:] + before[:2]
+    changed = ""
+    for word, now, then in (("from", ends[:2], before[:2]), ("to", ends[2:], before[2:])):
+        if now != then and not sight.packet.quoted:
+            changed += f", {word} {now[0]}" + ("" if protocol == ICMP else f":{now[1]}")
+    answer = f"answer ({sight.packet.kind}) " if sight.answer else ""
+    return f"{answer}{place_words(flow, sight)}{changed}"
+
+
+def next_words(found):
+    """What comes next where the packet was last seen: where to look."""
+    flow, last = found.flow, last_seen(found)
+    if not last:
+        return (f"in {flow.home['name']}/{flow.source['name']} itself: its routes; OUTPUT of raw, mangle, "
+                f"nat, filter; the hardware address of its gateway {flow.source['gw']}; its cable")
+    for vpc, subnet in flow_ends(flow):
+        card, port = subnet["veth"] + "-a", subnet["veth"] + "-b"
+        if last.device in (card, "lo") and not last.out:
+            return (f"in {vpc['name']}/{subnet['name']} itself{BEFORE_ROUTING}; INPUT of mangle, filter; its "
+                    "address; who listens; the way back: its routes, OUTPUT")
+        if last.device in (card, port) and last.out:
+            return f"the other end of the cable: {port if last.device == card else card}"
+        if last.device == port:
+            bridged = sysctl_value("net.bridge.bridge-nf-call-iptables") == "1"
+            return (f"bridge {vpc['bridge']}: is it on, is the port, is the packet for its hardware address "
+                    f"{vpc['mac']}; tc, ebtables{BEFORE_ROUTING if bridged else ''}")
+        if last.device == vpc["bridge"] and last.out:
+            return f"bridge {vpc['bridge']}: entry (fdb) of the subnet's hardware address; its port"
+    if last.out:
+        return f"beyond {last.device}: nobody there answers, or not to this address"
+    vpc = flow.far if flow.far and last.answer else flow.home
+    after = f"INPUT -> {vpc['chain_in']}" if found.here else f"FORWARD -> {vpc['chain']}; POSTROUTING"
+    return f"the host{BEFORE_ROUTING}; routing rules {PREF_OWN} to {PREF_SHUT}, table {vpc['table']}; {after}"
+
+
+def trace_verdict(found):
+    """What it came to, in a line."""
+    flow, last = found.flow, last_seen(found)
+    answers = [sight for sight in found.seen if sight.answer]
+    if is_answered(found):
+        after = f" after {milliseconds(answers[-1], found.seen[0])} ms" if answers else ""
+        return f"yes: answered{' (' + answers[-1].packet.kind + ')' if answers else ''}{after}"
+    goal = f"{flow.far['name']}/{flow.host['name']}" if flow.host else flow.address
+    if not last:
+        return f"no: it never left {flow.home['name']}/{flow.source['name']}"
+    place = place_words(flow, last)
+    if found.outcome == "open":
+        return f"no: answered, but not by {goal}: last seen {place}, somebody answers in its place"
+    if answers and not last.answer:
+        return f"no: turned back ({answers[0].packet.kind}), last seen {place}"
+    return f"no: {'the answer was ' if last.answer else ''}last seen {place}"
+
+
+def milliseconds(sight, first):
+    """The time since the first sight."""
+    return f"{(sight.time - first.time) / 1e6:.3f}"
+
+
+def trace_lines(found, ascii_only=False):
+    """A trace as lines of text: where it was seen, what it came to, and why."""
+    yes = is_answered(found)
+    sign = (("\u2717", "\u2713"), ("NO", "ok"))[ascii_only][yes]
+    lines = [f"{milliseconds(sight, found.seen[0]):>9} ms  {sight_words(found.flow, sight, last)}"
+             for sight, last in zip(found.seen, found.seen[:1] + found.seen)]
+    lines.append(f"{sign} {trace_verdict(found)}")
+    if not yes:
+        refused = found.causes and any(place_of(sight) == way(found.flow)[-1] for sight in found.seen)
+        lines += [f"  next there: {next_words(found)}"] * (not refused)
+        lines += [f"  {cause}" for cause in found.causes]
+    if found.missed:
+        lines.append(f"note: the interfaces are busy: {found.missed} packets could not be looked at")
+    return lines
+
+
+def trace_data(found):
+    """A trace as plain data, for JSON."""
+    yes = is_answered(found)
+    seen = [{"ms": float(milliseconds(sight, found.seen[0])), "namespace": sight.space or None,
+             "interface": sight.device, "direction": "out" if sight.out else "in", "answer": sight.answer,
+             "kind": sight.packet.kind, "source": sight.packet.ends[1], "target": sight.packet.ends[3]}
+            for sight in found.seen]
+    return {"answered": yes, "verdict": trace_verdict(found), "next": None if yes else next_words(found),
+            "causes": found.causes, "missed": found.missed, "seen": seen}
 
 
 # ------------------------------------------------------------------------------------------------ graph: the picture of it all

@@ -581,7 +581,8 @@ class MachineTest(CliTest):
     def test_no_root(self):
         self.records()
         before = self.tree()
-        for line in self.CHANGES + ("exec blog web -- true", "shell blog web", "test-connectivity blog web 10.20.2.2"):
+        for line in self.CHANGES + ("exec blog web -- true", "shell blog web", "test-connectivity blog web 10.20.2.2",
+                                    "explain blog web 10.20.2.2 --trace", "explain blog web 10.20.2.2 --probe"):
             self.refused(*line.split(), code=4, root=False, text="root", hint="sudo")
         self.assertEqual(self.tree(), before)
         self.assertEqual(self.cli("list", root=False).code, 0)

@@ -463,7 +463,14 @@ class FaultsTest(SandboxTest):
                       answer.out)
         self.assertIn("yes, as far as can be told: ", answer.out)
         self.assertIn("probe: no answer", answer.out)
+        self.assertIn("\n\u2717 no: last seen in at blog/db's card v-blog-db-a\n", answer.out)
+        self.assertIn("table filter, chain INPUT: -p tcp -m length --length 0:2000 -j DROP", answer.out.splitlines()[-1])
         self.assertIsNone(json.loads(cli("explain", *WEB_DB, "--json").out)["passes"])
+        data = json.loads(cli("explain", *WEB_DB, "--probe", "--json", code=1).out)
+        self.assertEqual((data["probe"], data["trace"]["answered"], data["trace"]["seen"][-1]["interface"]),
+                         ("no answer", False, "v-blog-db-a"))
+        self.assertIn("vpcctl explain blog web 10.20.2.2 --port 5432 --trace",
+                      cli("test-connectivity", "blog", "web", "db", "--port", 5432, code=1).out)
 
     def test_test_connectivity_names_the_hop(self):
         topology = two_vpcs()
@@ -483,6 +490,7 @@ class FaultsTest(SandboxTest):
                             (("blog", "web", "till.shop"), "knows no name"), (("blog", "web", "10.20.1.300"), "is not an IPv4 address"),
                             (("blog", "web", "10.20.1.02"), "leading zeros"), (("blog", "web", "db", "--protocol", "all", "--port", 80), "no port"),
                             (("blog", "web", "db", "--protocol", "all", "--probe"), "a probe speaks tcp"),
+                            (("blog", "web", "db", "--protocol", "all", "--trace"), "a probe speaks tcp"),
                             (("blog", "web", "db", "--protocol", "udp"), "--port"),
                             (("blog", "web", "db", "--port", "0"), "not a port"),
                             (("blog", "web", "db", "--protocol", "sctp"), "sctp"),
