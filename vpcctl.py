@@ -4947,7 +4947,7 @@ def revive_apps(ctl, apps, troubles=None):
     return len(gone)
 
 
-def app_text(app):
+def app_place(app):
     """An app in words, for what is missing."""
     return f"app on port {app['port']} in subnet {app['subnet']}"
 
@@ -5122,7 +5122,7 @@ def plan_repairs(ctl, new, names):
         steps = {fact: step for fact, step in plan(ctl.world, {name}).items() if fact in kept and fact not in told}
         told.update(steps)
         findings += [(name, kind, text) for kind, text in folded(world[name], compare(steps, seen))]
-        findings += [(name, "missing", app_text(app))
+        findings += [(name, "missing", app_place(app))
                      for app in world[name]["apps"]
                      if app in staying and not runs(app)]
     return findings, unseen
@@ -5807,7 +5807,7 @@ def look_for_drift(ctl):
         told.update(steps)
         findings += [(name, change.because.kind, describe(change.make, change.because))
                      for change in compare(steps, seen)]
-        findings += [(name, "missing", app_text(app))
+        findings += [(name, "missing", app_place(app))
                      for app in world[name]["apps"] if not is_alive(app)]
     findings += [("", "in no record", describe(step)) for step in orphans(ctl, seen)]
     owners = {subnet["ns"]: name for name, vpc in world.items() for subnet in vpc["subnets"]}
@@ -7749,7 +7749,8 @@ def listener_causes(flow):
     """Called in the target's namespace: who listens on the port -> lines."""
     if flow.protocol == "icmp":
         return []
-    where = sorted(listen_addresses(flow.port, flow.protocol))
+    kinds = flow.protocol, flow.protocol + "6"
+    where = sorted({one.address for one in listeners(kinds=kinds) if one.port == flow.port})
     if not where and app_on(flow):
         return [f"nothing listens on {flow.what} there: `vpcctl restore` starts its app again"]
     if not where:
@@ -7757,24 +7758,6 @@ def listener_causes(flow):
     if not set(where) & {"0.0.0.0", flow.address, "::"}:
         return [f"{flow.what} listens on {', '.join(where)} only: no other subnet reaches it"]
     return [f"a program listens on {flow.what} there, but does not answer"]
-
-
-def listen_addresses(port, protocol):
-    """The addresses on which somebody listens on a port, in the calling thread's namespace."""
-    found = set()
-    for kind in (protocol, protocol + "6"):
-        try:
-            with open("/proc/thread-self/net/" + kind) as rows:
-                lines = [row.split() for row in list(rows)[1:]]
-        except OSError:
-            continue                              # this kernel has no IPv6
-        for words in lines:
-            address, _, number = words[1].rpartition(":")
-            if int(number, 16) == port and words[3] == ("0A" if protocol == "tcp" else "07"):
-                # the kernel prints the address as the machine keeps it in memory
-                packed = int(address[-8:], 16).to_bytes(4, sys.byteorder)
-                found.add("::" if not int(address, 16) and len(address) > 8 else ".".join(map(str, packed)))
-    return found
 
 
 # -- the tale

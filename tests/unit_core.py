@@ -1,5 +1,6 @@
 """Plans, names, addresses, policies and records as text: no root, no process, milliseconds."""
 
+import ast
 import glob
 import io
 import itertools
@@ -986,6 +987,16 @@ class FlagCheckTest(TextTest):
         tool.COMMANDS["create"]["example"] = ["create"]
         self.assertEqual(tool.COMMANDS["flag-check"]["handler"](ctl, None), 1)
         self.assertIn("FAULT: ", out.getvalue())
+
+
+class OnceTest(unittest.TestCase):
+
+    def test_each_name_is_given_once(self):
+        """A second function of a name would silently stand in for the first."""
+        with open(VPCCTL, encoding="utf-8") as source:
+            names = [node.name for node in ast.parse(source.read()).body if hasattr(node, "name")
+                     and not (isinstance(node, ast.ClassDef) and node.bases and isinstance(node.bases[0], ast.Call))]
+        self.assertEqual(sorted(name for name in set(names) if names.count(name) > 1), [])
 
 
 class FloorTest(unittest.TestCase):
