@@ -634,12 +634,14 @@ class VariablesTest(AppsTest):
         self.assertEqual(record("blog")["apps"][0]["pid"], pid)
         app["env"]["A"], app["workdir"] = "2", "/"
         path = self.file("topology.json", topology)
-        self.assertRegex(vpcctl("plan", path, code=1).out, r"^~ app blog/web 80: .* with A -> .* in / with A\n")
+        self.assertRegex(vpcctl("plan", path, code=1).out, 
+                         r"^-/\+ app blog/web 80: .* with A -> .* in / with A; ends the program that runs\n")
         vpcctl("apply", path)
         vpcctl("plan", path)
         app["env"]["A"] = "3"
         path = self.file("topology.json", topology)
-        self.assertTrue(vpcctl("plan", path, code=1).out.endswith(" in / with A, other values\n"))
+        self.assertTrue(vpcctl("plan", path, code=1).out.endswith(
+            " in / with A, other values; ends the program that runs\n"))
         vpcctl("apply", path)
         vpcctl("plan", path)
         seen, where, _ = ask("10.20.1.2", 80, "x")
