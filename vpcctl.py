@@ -3648,9 +3648,9 @@ def heal_first(ctl, names):
         mend(ctl, unsound, strict=False)
 
 
-def mend(ctl, names, gone=(), strict=True, wanted=lambda app: True):
+def mend(ctl, names, gone=(), strict=True, staying=None):
     """Make the kernel match the records of some VPCs, finishing intents; `gone` are to go -> how much was amiss.
-    Of apps that have ended, those are started again that are `wanted`.
+    With `staying` (a world), only what is in that as well: the rest is about to go, and may be somebody else's by now.
 
     The host's part is mended first, for all of them, before anybody looks into a namespace: nothing in there can
     keep it from that. What could not be put right of a subnet is raised in the end as a Problem, or is a note if
@@ -3666,6 +3666,9 @@ def mend(ctl, names, gone=(), strict=True, wanted=lambda app: True):
     steps = plan(new, names)
     stale = plan(ctl.world, names)
     stale.update(plan(intended, names))
+    for fact in set(steps) - set(steps if staying is None else plan(staying, names)):
+        del steps[fact]
+        stale.pop(fact, None)
     adopt = record_names({name: vpc for name, vpc in broken_off.items() if vpc})
     look = lambda inside_too: observe({name: vpc for name, vpc in new.items() if name in names}, inside_too, adopt)
     seen = look(False)
@@ -3684,7 +3687,7 @@ def mend(ctl, names, gone=(), strict=True, wanted=lambda app: True):
             seen = look(True)
         _, parts = parted(mending(steps, {}, seen)[1], new, seen)
         troubles = mend_subnets(ctl, parts) + unseen(new, seen)
-        started, touched = mend_records(ctl, new, names, troubles, wanted)
+        started, touched = mend_records(ctl, new, names, troubles, new if staying is None else staying)
     if strict and troubles:
         raise Problem("; ".join(map(str, troubles)), troubles[0].hint, 3)
     for problem in troubles:
@@ -3734,12 +3737,12 @@ def mend_subnets(ctl, parts):
     return [problem for name in parts for problem in mend_subnets(ctl, {name: parts[name]})]
 
 
-def mend_records(ctl, new, names, troubles, wanted):
-    """When the kernel matches: programs, then records; `troubles` receives a Problem for each program that does
-    not start -> (how many were started, how many records changed)."""
+def mend_records(ctl, new, names, troubles, staying):
+    """When the kernel matches: programs that are `staying`, then records; `troubles` receives a Problem for each
+    program that does not start -> (how many were started, how many records changed)."""
     note_lost(ctl, new)
-    silent = []
-    apps = [(name, app) for name in sorted(set(names) & set(new)) for app in new[name]["apps"] if wanted(app)]
+    silent, kept = [], [app for vpc in staying.values() for app in vpc["apps"]]
+    apps = [(name, app) for name in sorted(set(names) & set(new)) for app in new[name]["apps"] if app in kept]
     started = revive_apps(ctl, apps, silent)
     for name, app, problem in silent:
         if app["start"]:
@@ -5062,8 +5065,7 @@ def apply(ctl, args):
         return already(ctl, names, "The host matches %s already" % source)
     mended, known = 0, [name for name in names if name in ctl.world]
     if known and not ctl.dry_run:                 # first: what is missing may be what the change stands on
-        staying = [app for vpc in new.values() for app in vpc["apps"]]
-        mended = mend(ctl, known, strict=False, wanted=staying.__contains__)
+        mended = mend(ctl, known, strict=False, staying=new)
         new = desired_world(ctl, topology, args.prune) if mended else new
     change_world(ctl, new)
     for line in lines:

@@ -442,7 +442,7 @@ class ForgeryTest(World):
                    (port_command("pv-blue-red-a", "bcast_flood", "on"), "pv-blue-red-a: bcast_flood"),
                    ("iptables -D vpc-src-blue -s 10.1.2.0/24 -m mac --mac-source %s -m comment --comment vpcctl:blue "
                     "-j RETURN" % subnet("blue", "b2")["mac"], "vpc-src-blue 1 -s 10.1.2.0/24"),
-                   ("ip route del unreachable 10.3.0.0/16 table 7000", "table 7000: 10.3.0.0/16"),
+                   ("ip route del unreachable 10.3.0.0/16 table 7000", "table 7000: the way to 10.3.0.0/16"),
                    ("ip netns exec ns-blue-b2 sh -c 'echo 1 >/proc/sys/net/ipv4/conf/all/accept_redirects'", "accept_redirects"),
                    ("ip netns exec ns-blue-b2 iptables -F INPUT", "ns-blue-b2: policy")]
         if not record("blue").get("unlocked"):

@@ -223,7 +223,7 @@ class NatTest(SandboxTest):
                 for rule in rules:
                     settle("iptables", "-D", "FORWARD", *rule + ["-j", "ACCEPT"])
                     settle("iptables", "-A", "FORWARD", *rule + ["-j", "ACCEPT"])
-                self.assertIn("FORWARD -j vpcctl-rest", vpcctl("verify", code=1).out)
+                self.assertIn('FORWARD: our rule "-j vpcctl-rest" stands before', vpcctl("verify", code=1).out)
                 vpcctl("restore")
                 self.assertEqual(settle("iptables", "-S", "FORWARD").splitlines()[-1].split()[-1], "vpcctl-rest")
                 check(self, ways(True, "side1", "192.168.72.2") + out(), "last again")
