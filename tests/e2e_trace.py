@@ -141,7 +141,7 @@ class TraceTest(SandboxTest):
         options = dict(zip(words[3::2], words[4::2]))
         world = vpcctl.Store(os.environ["VPCCTL_DATA"]).load()[0]
         port = int(options["--port"]) if "--port" in options else None
-        found = vpcctl.trace(world, vpcctl.path_flow(world, *(words[:3] + (port, options.get("--protocol", "tcp")))))
+        found = vpcctl.trace(vpcctl.Sight(world), vpcctl.path_flow(world, *(words[:3] + (port, options.get("--protocol", "tcp")))))
         return vpcctl.is_answered(found), vpcctl.trace_lines(found)
 
     def run_all(self, commands):
@@ -198,10 +198,10 @@ class CommandTest(TraceTest):
 
     def test_who_listens(self):
         with tcp_listener("ns-blog-db", 6000, "127.0.0.1"):
-            self.assert_named(("blog", "web", "db", "--port", "6000"), AT_DB, "tcp/6000 listens on 127.0.0.1 only")
+            self.assert_named(("blog", "web", "db", "--port", "6000"), AT_DB, " listens on 127.0.0.1 only: no other subnet reaches it")
         with tcp_listener("ns-blog-db", 6000, "10.20.2.2"):
             self.assert_yes(("blog", "web", "db", "--port", "6000"))
-        self.assert_named(("blog", "web", "db", "--port", "6000"), AT_DB, "nothing listens on tcp/6000 there")
+        self.assert_named(("blog", "web", "db", "--port", "6000"), AT_DB, "nothing listens on tcp/6000 in blog/db")
         asked = ("blog", "web", "db", "--port", "6000", "--protocol", "udp")
         with udp_listener("ns-blog-db", 6000):
             self.assert_yes(asked)
