@@ -64,6 +64,7 @@ NOBODY = 65534
 APP_USERS = (2100000001, 2147000000), (60579, 61183)
 UMASK = 0o022                     # others read what we make (apps, `list` without root), and nobody else writes
 LOCK_WAIT, APP_WAIT, STOP_WAIT, LOG_LIMIT, PROBE_SIZE = 60.0, 10.0, 5.0, 1 << 20, 1 << 16
+SETTLE_WAIT = 0.1                 # a server that goes into the background may listen before it does
 TOOL_WAIT = 30.0                  # a tool has this long, and a batch a little more for each line
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,31}\Z")
 PROTOCOLS = ("tcp", "udp", "icmp", "all")     # of a policy's rules; of all others but these three, rules cannot speak
@@ -103,14 +104,28 @@ class Step:
 
     `do` and `undo` are tuples of argument lists. Without `undo` it goes when its `holder` (a fact) goes. `key` says
     which thing it is when its content may change (a policy); `optional` names what is lost where a kernel cannot.
+    `whys`: a reason for each command of `do`, where they differ.
     """
-    __slots__ = ("phase", "fact", "do", "undo", "why", "holder", "key", "optional")
+    __slots__ = ("phase", "fact", "do", "undo", "why", "holder", "key", "optional", "whys")
 
-    def __init__(self, phase, fact, do, undo=(), why="", holder=None, key=None, optional=""):
+    def __init__(self, phase, fact, do, undo=(), why="", holder=None, key=None, optional="", whys=()):
         self.phase, self.fact, self.why, self.holder, self.optional = phase, fact, why, holder, optional
         self.do = _commands(do)
         self.undo = _commands(undo)
         self.key = key or fact
+        self.whys = whys or (why,) * len(self.do)
+
+
+# A step to make, the one (or None) that is taken out before, and what was Wrong (None: it is a new thing).
+Change = namedtuple("Change", "undo make because")
+
+
+class Wrong(namedtuple("Wrong", "kind found")):
+    """What is wrong with a thing: "missing", "changed", "not ours" or "unseen", and what was found, in words."""
+    __slots__ = ()
+
+    def __str__(self):
+        return f"{self.kind} ({self.found})" if self.found else self.kind
 
 
 def _commands(given):
@@ -370,6 +385,36 @@ def word(text):
     raise Problem(f"{told(text)} cannot be an argument or a file's name", "write a text without NUL")
 
 
+def folder(text):
+    """A folder's name, as it is; Problem if it depends on where one is."""
+    if not word(text).startswith("/"):
+        raise Problem(f"the folder is {told(text)}", "write where it is from the top: /srv/site")
+    return text
+
+
+def folder_type(text):
+    """argparse type: a folder for a program to run in."""
+    return _checked(folder, text)
+
+
+def variable(name, value):
+    """A variable for a program -> (name, value); a Problem does not tell the value: it may be a secret."""
+    if not isinstance(name, str) or not whole("[A-Za-z_][A-Za-z0-9_]{0,79}")(name) or name == "VPCCTL_APP":
+        raise Problem(f"{told(name)} is no name for a variable",
+                      "take letters, digits and _ (VPCCTL_APP is vpcctl's)")
+    if not isinstance(value, str) or not whole("[^\0\ud800-\udfff]*")(value):
+        raise Problem(f"the value of {name} is no text", "write a text without NUL, in quotes")
+    return name, value
+
+
+def variable_type(text):
+    """argparse type: KEY=VALUE."""
+    name, given, value = text.partition("=")
+    if not given:
+        raise argparse.ArgumentTypeError(f"there is no = behind {told(name)}: write it like KEY=VALUE")
+    return _checked(lambda _: variable(name, value), text)
+
+
 # ------------------------------------------------------------------------------------------------ the executor
 
 class Failure(Exception):
@@ -610,11 +655,16 @@ def one_ip_batch(commands):
     return (int(failed.group(1)) - 1 if failed else 0), re.sub(r"Command failed.*\n?", "", said)
 
 
+def by_table(argv):
+    """A command of iptables -> (its table, the words after that)."""
+    return (argv[2], argv[3:]) if argv[1] == "-t" else ("filter", argv[1:])
+
+
 def iptables_restore(commands):
     """Put firewall commands in, as one transaction for each table -> exit code, error text, number of tables."""
     tables = {}
     for argv in commands:
-        table, words = (argv[2], argv[3:]) if argv[1] == "-t" else ("filter", argv[1:])
+        table, words = by_table(argv)
         tables.setdefault(table, []).append(" ".join(quoted(word) for word in words))
     code, _, said = call(["iptables-restore", "-w", "5", "--noflush"], "".join(
         "*%s\n%s\nCOMMIT\n" % (table, "\n".join(lines)) for table, lines in tables.items()))
@@ -816,6 +866,21 @@ def _neighbour(table, verb, target, *words):
     rtnetlink(kind, how, body, named["dev"])
 
 
+def permanent_neighbours():
+    """The permanent neighbour entries of the calling thread's namespace -> list of (interface, address, MAC). (To ask
+    `ip` would be a process more for each namespace.)"""
+    import socket
+    import struct
+    found = []
+    for answer in rtnetlink(30, ALL, struct.pack("=BxxxiHBB", socket.AF_INET, 0, 0, 0, 0)):   # RTM_GETNEIGH
+        index, state = struct.unpack_from("=iH", answer, 4)
+        told = attributes(answer, 12)
+        if state & 0x80 and len(told.get(2, b"")) == 6:                       # NUD_PERMANENT, NDA_LLADDR
+            mac = ":".join("%02x" % byte for byte in told[2])
+            found.append((socket.if_indextoname(index), socket.inet_ntoa(told[1]), mac))
+    return found
+
+
 AF_BRIDGE = 7
 # Switches of a bridge's port for which `ip` got its words only with 5.18: IFLA_BRPORT_….
 PORT_FLAGS = {"bcast_flood": 30, "locked": 39}
@@ -1008,12 +1073,26 @@ INCAPABLE = re.compile(r"not supported|Invalid argument|Unknown|unknown|wrong|ga
 
 
 def begun(commands):
-    """The pairs that a batch would have made: it is unknown how far it got, and taking back is tolerant."""
-    pairs = []
-    for pair, _, _ in commands:
-        if pair not in pairs:
-            pairs.append(pair)
-    return pairs
+    """The changes that a batch would have made: it is unknown how far it got, and taking back is tolerant."""
+    changes = []
+    for change, _, _ in commands:
+        if change not in changes:
+            changes.append(change)
+    return changes
+
+
+def in_order(changes):
+    """Changes in the order in which things of their kinds are made."""
+    return sorted(changes, key=lambda change: change.make.phase)
+
+
+def change_reasons(change, count):
+    """The reason of each of a change's `count` commands, for --why: first what was wrong, then what it is for."""
+    undone = f"undo: {change.undo.why}" if change.undo and change.undo.why else ""
+    reasons = [undone] * (count - len(change.make.do)) + list(change.make.whys)
+    if change.because and reasons:
+        reasons[0] = f"{change.because}: {reasons[0]}" if reasons[0] else str(change.because)
+    return reasons
 
 
 def half_done(trouble):
@@ -1075,15 +1154,14 @@ class Executor:
             os.dup2(self.out.fileno(), sys.stdout.fileno())
 
     def transact(self, removes, makes, then=None, adopt=()):
-        """Take back the steps of `removes`, then make those of `makes`: pairs (old step or None, new step); `then`
-        completes it. What is there without our mark stays (`adopt`: names that are ours all the same).
+        """Take back the steps of `removes`, then make the changes of `makes`; `then` completes it. What is there without our mark stays (`adopt`: names that are ours all the same).
 
         If one cannot be made, or a signal comes in between, what this run did is taken back, newest first, and what
         it had removed is put there again. Raises Problem (code 3) or Interrupted then; with `half_done` if the
         machine is now neither as before nor as wanted. A change that removes is finished in spite of a signal.
         """
-        makes = sorted(makes, key=lambda pair: pair[1].phase)
-        removes = without_strangers(removes, [new for _, new in makes], adopt)
+        makes = in_order(makes)
+        removes = without_strangers(removes, [change.make for change in makes], adopt)
         try:
             left = self.take_back(removes)
         except Exception as trouble:
@@ -1109,34 +1187,37 @@ class Executor:
             raise trouble
 
     def _roll_back(self, made, removed):
-        """Newest first, undo the pairs of `made` and make `removed` again -> what could not be."""
+        """Newest first, undo the changes of `made` and make `removed` again -> what could not be."""
         if made or removed:
             self.say("taking back what was done:")
         # What had nothing in its place goes; a rule that was moved stays where it belongs.
         found = lambda step: as_found(step, blindly=True)
-        going = [found(new) if old else new for old, new in made if not old or not (old.do or old.key[0] == "moved")]
+        going = [found(new) if old else new
+                 for old, new, _ in made
+                 if not old or not (old.do or old.key[0] == "moved")]
         left = self.take_back(going)
         try:
-            swapped = [(found(new), old) for old, new in made if old and old.do]
-            self.make(swapped + [(None, step) for step in sorted(removed, key=lambda step: step.phase)], [], patient=True)
+            swapped = [Change(found(new), old, None) for old, new, _ in made if old and old.do]
+            self.make(swapped + in_order([Change(None, step, None) for step in removed]), [], patient=True)
         except (Failure, OSError) as trouble:
             left.append("%s: %s" % (shown(trouble.argv), trouble) if isinstance(trouble, Failure) else str(trouble))
         return left
 
-    def make(self, pairs, made, patient=False):
-        """Make steps in order; `made` receives each pair that was begun and is (at least partly) there. Signals are
+    def make(self, changes, made, patient=False):
+        """Make changes in order; `made` receives each that was begun and is (at least partly) there. Signals are
         obeyed between two commands and at the end, unless `patient`."""
-        commands = []                             # (pair, command, is it the pair's last)
-        for pair in pairs:
-            own = (pair[0].undo if pair[0] and pair[0].key[0] != "file" else ()) + pair[1].do
-            commands.extend((pair, argv, position == len(own) - 1) for position, argv in enumerate(own))
+        commands, reasons = [], []                # commands: (change, command, is it the change's last)
+        for change in changes:
+            own = (change.undo.undo if change.undo and change.undo.key[0] != "file" else ()) + change.make.do
+            commands.extend((change, argv, position == len(own) - 1) for position, argv in enumerate(own))
+            reasons.extend(change_reasons(change, len(own)) if self.why else [""] * len(own))
         position = told = 0
         while position < len(commands):
             if not patient:
                 self.heed()
             end = self._end_of_lane(commands, position)
-            for pair, argv, _ in commands[max(position, told):end]:
-                self.echo(argv, pair[1].why)
+            for number in range(max(position, told), end):
+                self.echo(commands[number][1], reasons[number])
             told = end
             self.progress(position, len(commands))
             position = self._run_slice(commands, position, end, made)
@@ -1178,10 +1259,10 @@ class Executor:
             made.extend(begun(commands[start:end]))
             raise Failure(commands[start][1], said)
         self.commands += done
-        made.extend(pair for pair, _, last in commands[start:start + done] if last)
+        made.extend(change for change, _, last in commands[start:start + done] if last)
         if done == end - start:
             return end
-        pair, argv, last = commands[start + done]
+        change, argv, last = commands[start + done]
         other, managed = by_netlink(argv, said), 0
         if other:
             if not self.quiet:
@@ -1189,12 +1270,12 @@ class Executor:
             managed, said = run_lane("file", [other])
         if managed:
             self.commands += 1
-            made.extend([pair] if last else [])
-        elif pair[1].optional and INCAPABLE.search(said):
-            self.lost.append((pair[1], said.strip()))
+            made.extend([change] if last else [])
+        elif change.make.optional and INCAPABLE.search(said):
+            self.lost.append((change.make, said.strip()))
         else:
             if not last:
-                made.append(pair)                 # begun, perhaps: taking back is tolerant of what is not there
+                made.append(change)               # begun, perhaps: taking back is tolerant of what is not there
             raise Failure(argv, said)
         return start + done + 1
 
@@ -1218,11 +1299,11 @@ class Executor:
                 trouble = trouble or Failure(groups[name][0][1], said)
                 continue
             self.commands += done
-            made.extend(pair for pair, _, last in groups[name][:done] if last)
+            made.extend(change for change, _, last in groups[name][:done] if last)
             if done < len(groups[name]):
-                pair, argv, _ = groups[name][done]
-                if pair[0]:
-                    made.append(pair)
+                change, argv, _ = groups[name][done]
+                if change.undo:
+                    made.append(change)
                 trouble = trouble or Failure(argv, said)
         if trouble:
             raise trouble
@@ -1240,7 +1321,7 @@ class Executor:
         # A chain can go only when no rule of another chain jumps to it any more.
         commands.sort(key=lambda item: (-item[0].phase, "-X" in item[1]))
         for step, argv in commands:
-            self.echo(argv, "undo: " + step.why if step.why else "")
+            self.echo(argv, "undo: " + (step.why or "it is in no record"))
         if self.dry_run or not commands:
             return []
         self._flush()
@@ -1363,9 +1444,23 @@ def take_back_lane(kind, where, group):
     left = []
     for argv in group:
         done, said = run_lane(kind, [argv])
-        if done < 1 and not GONE.search(said):
+        if done < 1 and not is_gone(argv, said):
             left.append("%s: %s" % (shown(argv), said.strip()))
     return left
+
+
+def is_gone(argv, said):
+    """Whether what a command was to remove is not there, by what was said. iptables-restore before 1.8.8 says only
+    that some line failed, so its table is looked at."""
+    if GONE.search(said) or argv[0] != "iptables":
+        return bool(GONE.search(said))
+    table, (verb, chain, *rule) = by_table(argv)
+    try:
+        chains, rules = parse_rules(saved_rules()).get(table, ((), ()))
+    except Failure:
+        return False
+    own = [rule_key(words) for name, words in rules if name == chain]
+    return {"-D": rule_key(rule) not in own, "-F": not own, "-X": chain not in dict(chains)}.get(verb, False)
 
 
 def together(links):
@@ -1401,7 +1496,8 @@ RECORD_SHAPE = {
                  "veth": _DEVICE, "mac": _MAC, "policy": dict}],
     "host_iptables": [[str]],
     "apps": [{"subnet": _NAME, "ns": _LABEL, "port": _PORT, "pid": (0, 1 << 31), "cmd": [word], "start": word,
-              "command?": [word], "protocol?": r"udp", "user?": APP_USERS, "log": str}],
+              "command?": [word], "protocol?": r"udp", "user?": APP_USERS, "log": str, "workdir?": folder,
+              "env?": {"id": r"[0-9a-f]{16}", "names": [r"[A-Za-z_][A-Za-z0-9_]{0,79}"]}}],
     "peers": [{"peer_vpc": _NAME, "veth_a": _DEVICE, "veth_b": _DEVICE, "chain": r"[A-Za-z0-9_-]{1,28}",
                "allowed": [bounds], "side": r"[ab]"}],
     "nat?": {"interface": _DEVICE, "subnets?": [_NAME], "dns": [address_number]},
@@ -1796,11 +1892,11 @@ def arg(*flags, **options):
 
 def command(name, example, *arguments, **traits):
     """Register a handler. Its docstring is the help; `example` is parsed by flag-check; changes=True: needs root
-    and the lock; hidden=True: not listed."""
+    and the lock; hidden=True: not listed; `more`: what the help and the manual say beside."""
     def register(handler):
         COMMANDS[name] = {"handler": handler, "example": example.split(), "arguments": arguments,
                           "changes": traits.get("changes", False), "root": traits.get("root", False),
-                          "hidden": traits.get("hidden", False)}
+                          "hidden": traits.get("hidden", False), "more": traits.get("more", "").strip()}
         return handler
     return register
 
@@ -1819,6 +1915,7 @@ class Control:
         self.run = executor or Executor(options.dry_run, options.quiet, options.why)
         self.store = store or Store(data_folder(options.data_dir))
         self._loaded = None
+        self.variables = {}                       # of apps that are to be started, by the number of their file
 
     def say(self, text):
         """Print a line of an answer; --quiet leaves out what only reports progress."""
@@ -1887,7 +1984,7 @@ class Control:
         if self.dry_run:
             return
         self.run.watch_signals()
-        self.store.prepare(" ".join(sys.argv[1:])[:150], self.run.heed)
+        self.store.prepare(" ".join(typed())[:150], self.run.heed)
         self._loaded = None
         if os.path.lexists(RUN_DIR):
             close_folder(RUN_DIR, deep=True)
@@ -1920,25 +2017,26 @@ class Control:
         removes, makes = difference(old, new)
         if not self.dry_run:
             check_firewall_kind(new, touched)
-            makes = [(as_found(before_it), step) for before_it, step in makes]
+            makes = [change._replace(undo=as_found(change.undo)) for change in makes]
         if self.dry_run:
-            makes = [(as_planned(before_it), step) for before_it, step in makes]
+            makes = [change._replace(undo=as_planned(change.undo)) for change in makes]
             if before:
                 before()
             self.run.take_back(removes)
-            self.run.make(sorted(makes, key=lambda pair: pair[1].phase), [])
+            self.run.make(in_order(makes), [])
             if after:
                 after(new)
             return
         self.run.heed()
         self._write_intents(touched, new)
+        ran = [(name, app) for name in touched if name in old for app in old[name]["apps"] if is_alive(app)]
         try:
             if before:
                 before()
             self.run.transact(removes, makes, lambda: self._complete(touched, new, after))
         except (Problem, Failure, Interrupted, OSError) as trouble:
             if not getattr(trouble, "half_done", False):
-                self._settle_back(touched, old)
+                self._settle_back(touched, old, ran)
             raise
 
     def _write_intents(self, touched, new):
@@ -1980,15 +2078,14 @@ class Control:
                                     "`vpcctl restore` finishes it", 3))
         self._loaded = (new, {}, self.damaged)
 
-    def _settle_back(self, touched, old):
-        """After a failure that was taken back: no intent is left, and programs that were ended run again."""
+    def _settle_back(self, touched, old, ran):
+        """After a failure that was taken back: no intent is left; what `ran` before runs again, nothing else."""
         for name in reversed(touched):
             self.store.drop(name, "intent")
-        vpcs = [old[name] for name in touched if name in old]
         try:
             with self.run.patience():
-                if revive_apps(self, vpcs):
-                    self.store.save(vpcs)
+                if revive_apps(self, ran):
+                    self.store.save([old[name] for name in touched if name in old])
         except (Problem, Failure, OSError) as trouble:
             self.note("%s; `vpcctl restore` starts it again" % trouble)
 
@@ -2123,7 +2220,7 @@ IN_PLACE = ("policy", "forwarding", "nat", "names")
 
 
 def difference(old, new):
-    """What leads from one world to another -> (steps to take back, pairs (old step or None, new step) to make)."""
+    """What leads from one world to another -> (steps to take back, changes to make)."""
     before, after = resources(old, new), resources(new, old)
     gone, come, anew = {}, {}, set()
     for key in before:
@@ -2137,35 +2234,43 @@ def difference(old, new):
             come.update((step.fact, step) for step in after[key][1][0](*after[key][1][1]))
     # Rules that are replaced in place; not those of a namespace that is made anew.
     by_key = {step.key: step for step in gone.values() if step.key != step.fact and step.holder not in anew}
-    makes = [(by_key.get(step.key), step) for fact, step in come.items()
+    makes = [Change(by_key.get(step.key), step, None)
+             for fact, step in come.items()
              if fact not in gone or fact in anew or step.holder in anew]
-    swapped = {old_step.key for old_step, step in makes if old_step}
+    swapped = {change.undo.key for change in makes if change.undo}
     removes = [step for fact, step in gone.items()
                if (fact not in come or fact in anew or step.holder in anew) and step.key not in swapped]
     return removes, makes
 
 
-def mending(steps, stale, seen):
-    """What brings the kernel to `steps`, from what was seen in it -> (steps to take back, pairs to make).
+def compare(steps, seen):
+    """What is wrong with the things of these steps (fact -> step), as far as it was looked at -> a Change for each.
 
-    `stale` are steps that are no longer wanted. Something that is there, but not as it should be, is replaced.
+    Something that is there, but not as it should be, is replaced.
     """
-    foreign = [step for step in steps.values() if step.fact in seen.foreign]
+    found = [(step, seen.wrong(step)) for step in steps.values()]
+    return [Change(seen.replaced(step), step, wrong)
+            for step, wrong in found
+            if wrong and wrong.kind != "unseen"]
+
+
+def mending(steps, stale, seen):
+    """What brings the kernel to `steps`, from what was seen in it -> (steps to take back, changes to make).
+
+    `stale` are steps that are no longer wanted.
+    """
+    makes = compare(steps, seen)
+    foreign = [change.make for change in makes if change.because.kind == "not ours"]
     if foreign:
         names = " and ".join(named(step.fact) for step in foreign)
         raise Problem(f"{names} exists already and is not vpcctl's",
                       "remove or rename it; vpcctl does not touch what it did not make", 3)
     wanted = {step.key for step in steps.values()}         # the same thing with another content is replaced below
-    removes = [step for step in stale.values() if step.key not in wanted
-               and (seen.holds(step, any_content=True) or step.fact in seen.foreign)]
-    makes = []
-    for step in steps.values():
-        if not seen.holds(step):
-            makes.append((seen.replaced(step), step))
-    if any(step.fact == ("sysctl", "net.ipv4.ip_forward", "1") for _, step in makes):
+    removes = [step for step in stale.values() if step.key not in wanted and seen.can_undo(step)]
+    if any(change.make.fact == ("sysctl", "net.ipv4.ip_forward", "1") for change in makes):
         # Writing it sets the switch of every interface: those that are to stay off have to be written after it.
-        made = {step.fact for _, step in makes}
-        makes += [(None, step) for fact, step in steps.items()
+        made = {change.make.fact for change in makes}
+        makes += [Change(None, step, None) for fact, step in steps.items()
                   if step.phase == PLUG and fact[0] == "sysctl" and fact not in made]
     return removes, makes
 
@@ -2289,7 +2394,7 @@ def lookup_step(pref, device, action, why, selector=""):
 def plan_subnet(vpc, subnet):
     """A subnet: its namespace, its cable to the switch, its addresses, what its programs see in /etc."""
     space, port = subnet["ns"], subnet["veth"] + "-b"
-    return plan_cable(vpc, subnet) + plan_gateway(vpc, subnet) + plan_inside(subnet) + [
+    return plan_cable(vpc, subnet) + plan_gateway(vpc, subnet) + plan_inside(vpc, subnet) + [
         source_rule(vpc, subnet),
         Step(PLUG, ("up", port), "ip link set %s up" % port, (), "switch the cable on, now that all rules stand",
              ("link", port)),
@@ -2337,7 +2442,7 @@ def plan_gateway(vpc, subnet):
                  "ip addr del %s dev %s" % (gateway, bridge), "the subnet's gateway", own), neighbour]
 
 
-def plan_inside(subnet):
+def plan_inside(vpc, subnet):
     """What is set inside of a subnet's namespace."""
     space, inner_end, held = subnet["ns"], subnet["veth"] + "-a", ("ns", subnet["ns"])
     address = "%s/%s" % (subnet["host_ip"], subnet["cidr"].split("/")[1])
@@ -2350,6 +2455,10 @@ def plan_inside(subnet):
         step(("up", inner_end), "ip -n %s link set %s up" % (space, inner_end), "switch it on"),
         step(("route", "default", subnet["gw"]), "ip -n %s route add default via %s" % (space, subnet["gw"]),
              "everything else through the gateway"),
+        # Asked for while the bridge was down, it would be unknown for seconds after that, and the first packets lost.
+        step(("neighbour", inner_end, subnet["gw"], vpc["mac"]),
+             "ip -n %s neigh replace %s lladdr %s dev %s nud permanent" % (space, subnet["gw"], vpc["mac"], inner_end),
+             "where the gateway is, without asking"),
     ]
 
 
@@ -2596,30 +2705,41 @@ def render_policy(policy, vpc, names=None):
     A reply is judged by today's rules for the direction that opened the connection, so that a new deny ends both ways
     of it: a program that only sends would else go on for as long as it likes.
     """
+    return [rule for rule, _ in reasoned_policy(policy, vpc, names)]
+
+
+def reasoned_policy(policy, vpc, names=None):
+    """The rules of `render_policy`, each with its reason -> list of (rule, reason)."""
     names = policy_names({"name": "?", "policy": policy}, vpc) if names is None else names
     rules = []
-    for direction, opener, chain, way in (("ingress", "egress", "INPUT", "-i"), ("egress", "ingress", "OUTPUT", "-o")):
+    for direction, opener, chain, way, here, there in (("ingress", "egress", "INPUT", "-i", "in", "out"),
+                                                       ("egress", "ingress", "OUTPUT", "-o", "out", "in")):
         note = lambda text: ("-m", "comment", "--comment", "policy-%s-%s" % (direction, text))
         strict = policy_default(policy, opener)[0] == "deny"
-        rules.append(("-A", chain, way, "lo", "-j", "ACCEPT") + note("loopback"))
-        rules += [("-A", chain) + words + ANSWERS + ("-j", target) + note("replies-%s" % label)
-                  for words, target, label in judgements(policy, opener, chain, "--sport", names)
+        others = (("-A", chain) + ANSWERS + ("-j", "DROP") + note("replies"), "no other replies")
+        if not strict:
+            others = (("-A", chain) + REPLIES + ("-j", "ACCEPT") + note("replies"), f"replies to what was let {there}")
+        rules.append((("-A", chain, way, "lo", "-j", "ACCEPT") + note("loopback"), "what the subnet says to itself"))
+        rules += [(("-A", chain) + words + ANSWERS + ("-j", target) + note("replies-%s" % label),
+                   f"{'no replies' if target == 'DROP' else 'replies'} to {reason}")
+                  for words, target, label, reason in judgements(policy, opener, chain, "--sport", names)
                   if strict or target == "DROP"]
-        rules += [("-A", chain) + (ANSWERS + ("-j", "DROP") if strict else REPLIES + ("-j", "ACCEPT")) + note("replies"),
-                  ("-A", chain) + ERRORS + ("-j", "ACCEPT") + note("errors")]
-        rules += [("-A", chain) + words + ("-j", target) + note(label)
-                  for words, target, label in judgements(policy, direction, chain, "--dport", names)]
-        if policy_default(policy, direction)[0] == "deny":
-            rules.append(("-A", chain, "-j", "DROP") + note("default-deny"))
+        rules += [others,
+                  (("-A", chain) + ERRORS + ("-j", "ACCEPT") + note("errors"), 'errors, such as "packet too big"')]
+        rules += [(("-A", chain) + words + ("-j", target) + note(label), reason)
+                  for words, target, label, reason in judgements(policy, direction, chain, "--dport", names)]
+        action, because = policy_default(policy, direction)
+        if action == "deny":
+            rules.append((("-A", chain, "-j", "DROP") + note("default-deny"), f"everything else {here}: dropped, since {because}"))
     return rules
 
 
 def judgements(policy, direction, chain, end, names):
-    """A direction's rules, denies first -> list of (what it matches in that chain, target, label)."""
+    """A direction's rules, denies first -> list of (what it matches in that chain, target, label, which rule it is)."""
     side, key = "-s" if chain == "INPUT" else "-d", "from" if direction == "ingress" else "to"
     found = []
     for action, target in (("deny", "DROP"), ("allow", "ACCEPT")):
-        for rule in policy.get(direction) or []:
+        for number, rule in enumerate(policy.get(direction) or [], 1):
             if rule["action"] == action:
                 words, label = (), rule["protocol"]
                 if key in rule:
@@ -2630,22 +2750,17 @@ def judgements(policy, direction, chain, end, names):
                     low, high = ports(rule["port"])
                     label = f"{low}-{high}" if low < high else str(low)
                     words += end, label.replace("-", ":")
-                found.append((words, target, f"{action}-{label}"))
+                found.append((words, target, f"{action}-{label}", f"{direction} rule {number}, {rule_text(rule)}"))
     return found
 
 
 def plan_policy(vpc, subnet):
-    """A subnet's policy: one step, because it is put in as a whole and replaced as a whole."""
-    rules = render_policy(subnet["policy"], vpc)
-    return [policy_step(subnet["ns"], rules)]
-
-
-def policy_step(space, rules):
-    """The step that puts a policy's rules into a namespace in one transaction."""
-    prefix = ("ip", "netns", "exec", space, "iptables")
-    return Step(INSIDE, ("policy", space, tuple(rules)),
-                tuple(prefix + rule for rule in rules), tuple(prefix + ("-D",) + rule[1:] for rule in rules),
-                "the subnet's policy, all of it in one go", ("ns", space), ("policy", space))
+    """A subnet's policy: one step, because it is put in by one transaction, as a whole, and replaced as a whole."""
+    space, prefix = subnet["ns"], ("ip", "netns", "exec", subnet["ns"], "iptables")
+    rules, reasons = zip(*reasoned_policy(subnet["policy"], vpc))
+    return [Step(INSIDE, ("policy", space, rules),
+                 tuple(prefix + rule for rule in rules), tuple(prefix + ("-D",) + rule[1:] for rule in rules),
+                 "the subnet's policy", ("ns", space), ("policy", space), whys=reasons)]
 
 
 # -- names
@@ -2715,32 +2830,97 @@ class Seen:
         self.stale = set()                        # namespaces and cables that lead nowhere, or elsewhere
         self.lookups, self.routes = [], {}        # others' routing rules; table -> others' routes in it
         self.rules = {}                           # (None or namespace, table, chain) -> [(rule, is it ours)]
+        self.blind = {"inside", "policy"}         # kinds of facts that were not looked at
+        self._values, self._counted = {}, 0
 
-    def holds(self, step, any_content=False):
-        """Whether a step's thing is there. With any_content, also if it is there with another content or place."""
-        fact = step.fact
-        if fact[0] == "flows":
-            return True                           # whatever of them there is
-        if fact[0] == "sysctl":
-            return sysctl_value(fact[1]) == fact[2] or (bool(step.optional) and sysctl_value(fact[1]) is None)
-        if fact[0] == "port" and step.optional and fact[:3] + (None,) in self.facts:
-            return True                           # this kernel has no such flag
-        if fact[0] in ("file", "symlink", "folder"):
-            return file_holds(fact, any_content)
-        if fact[0] == "rule" and any_content:
-            return fact[:4] + (None,) in self.facts
-        if fact[0] == "policy":
-            ours = [rule for rule, own in self.policies.get(fact[1], ()) if own]
-            return bool(ours) if any_content else policy_meaning(ours) == policy_meaning(rule[1:] for rule in fact[2])
-        return fact in self.facts
+    def holds(self, step):
+        """Whether a step's thing is there, as it should be."""
+        return self.wrong(step) is None
+
+    def wrong(self, step):
+        """What is wrong with a step's thing -> Wrong, or None."""
+        fact, kind = step.fact, step.fact[0]
+        if fact in self.facts or kind == "flows":
+            return None                           # connections: whatever of them there is
+        if kind in self.blind or (kind in ("inside", "policy") and fact[1] in self.broken):
+            return Wrong("unseen", "")
+        if fact in self.foreign:
+            return Wrong("not ours", "")
+        if kind == "sysctl":
+            value, wanted = sysctl_value(fact[1]), fact[2]
+        elif kind in ("file", "symlink", "folder"):
+            return file_wrong(fact)
+        elif kind == "rule":
+            return self._rule_wrong(fact)
+        elif kind == "policy":
+            return policy_wrong([rule for rule, own in self.policies.get(fact[1], ()) if own], fact[2])
+        elif kind_of(fact) == "up":
+            value, wanted = "down" if self._is_there(fact) else None, "up"
+        else:
+            value, wanted = self._value(fact), fact[-1]
+        if value == wanted or (value is None and step.optional and self._is_unable(fact)):
+            return None
+        return Wrong("changed", f"is {spoken_value(value)}, not {spoken_value(wanted)}") if value is not None else MISSING
+
+    def _value(self, fact):
+        """What is seen in place of the last field of a fact, where that is the one value of what stands before."""
+        if self._counted != len(self.facts):
+            self._values = {other[:-1]: other[-1] for other in self.facts}
+            self._counted = len(self.facts)
+        return self._values.get(fact[:-1]) if kind_of(fact) in VALUED else None
+
+    def _is_there(self, fact):
+        """Whether the interface is there that a fact wants to be up."""
+        return (("inside", fact[1], "card", fact[3]) if fact[0] == "inside" else ("link", fact[1])) in self.facts
+
+    def _is_unable(self, fact):
+        """Whether this kernel, or this host, has no such switch."""
+        return fact[0] == "sysctl" or fact[:-1] + (None,) in self.facts
+
+    def _rule_wrong(self, fact):
+        """What is wrong with a rule that is not there, or does not stand where it should."""
+        if fact[:4] + (None,) not in self.facts:
+            return MISSING
+        rules = self.rules[None, fact[1], fact[2]]
+        if fact[4] == "last":
+            return Wrong("changed", f'stands before "{rule_alone(rules[-1][0])}"')
+        before = []
+        for rule, ours in rules:
+            if rule_key(rule) == fact[3]:
+                break
+            before.append((rule, ours))
+        other = next((rule for rule, ours in before if not ours), before[0][0])
+        return Wrong("changed", f'stands behind "{rule_alone(other)}"')
+
+    def can_undo(self, step):
+        """Whether something is there that a step's undo takes away, whatever its content and place."""
+        if step.fact[0] == "symlink":
+            return is_our_link(step.fact[1])
+        wrong = self.wrong(step)
+        return not wrong or wrong.kind in ("changed", "not ours")
 
     def replaced(self, step):
         """What must be taken out before a step's thing can be put in: a step, or None."""
-        if step.fact[0] == "policy":
-            return seen_policy(step.fact[1], self.policies.get(step.fact[1], ()))
-        if step.fact[0] == "rule" and step.fact[4] and step.fact[:4] + (None,) in self.facts:
-            return Step(step.phase, step.fact[:4] + (None,), (), step.undo, step.why, key=("moved",) + step.fact)
+        fact, found = step.fact, step.fact[:-1] + (self._value(step.fact),)
+        if fact[0] == "policy":
+            return seen_policy(fact[1], self.policies.get(fact[1], ()))
+        if fact[0] == "rule" and fact[4] and fact[:4] + (None,) in self.facts:
+            return Step(step.phase, fact[:4] + (None,), (), step.undo, step.why, key=("moved",) + fact)
+        if found[0] in ("route", "lookup") and found in self.owned:
+            return self.owned[found][1]
+        if found[:1] + found[2:3] == ("inside", "route") and found in self.facts:
+            return Step(step.phase, found, (), f"ip -n {fact[1]} route del {fact[3]}", "it leads elsewhere")
         return None
+
+
+# Kinds of facts whose last field is the one value of what stands before: another one there is a change.
+VALUED = frozenset(("alias", "mac", "master", "port", "neighbour", "route", "lookup", "sysctl"))
+MISSING = Wrong("missing", "")
+
+
+def spoken_value(value):
+    """A value of a fact, in words."""
+    return ("off", "on")[value] if isinstance(value, bool) else value
 
 
 def sysctl_value(key):
@@ -2752,20 +2932,25 @@ def sysctl_value(key):
         return "1" if key.startswith("net.ipv6.") and not os.path.exists("/proc/sys/net/ipv6/conf") else None
 
 
-def file_holds(fact, any_content=False):
-    """Whether a file, symlink or folder of a plan is there, with its content."""
-    path = fact[1]
-    if fact[0] == "folder":
-        return os.path.isdir(path) and (any_content or not os.lstat(path).st_mode & 0o022)
-    if fact[0] == "symlink":
+def file_wrong(fact):
+    """What is wrong with a file, symlink or folder of a plan -> Wrong, or None."""
+    kind, path = fact[:2]
+    if kind == "folder":
+        if not os.path.isdir(path):
+            return MISSING
+        return Wrong("changed", "can be written by others") if os.lstat(path).st_mode & 0o022 else None
+    if kind == "symlink":
         found = os.readlink(path) if os.path.islink(path) else None
-        return found == fact[2] or (fact[2] != found and os.path.lexists(path) and not is_our_link(path)
-                                    and not any_content)
+        if is_our_link(path):
+            return Wrong("changed", f"leads to {found}, not {fact[2]}") if found != fact[2] else None
+        return None if os.path.lexists(path) else MISSING        # somebody else's: it stays
     try:
         with open(path) as handle:
-            return any_content or handle.read() == fact[2]
-    except (OSError, ValueError):
-        return False
+            return None if handle.read() == fact[2] else Wrong("changed", "has another content")
+    except ValueError:
+        return Wrong("changed", "has another content")
+    except OSError:
+        return MISSING
 
 
 def is_our_link(path):
@@ -2866,8 +3051,10 @@ def see_link(seen, link, adopt, by_id):
     if "master" in link:
         seen.facts.add(("master", name, link["master"]))
     port = link.get("linkinfo", {}).get("info_slave_data", {})
-    if port.get("isolated") and not port.get("learning") and not port.get("flood") and not port.get("mcast_flood"):
-        seen.facts.add(("port", name, "isolated", True))
+    if "isolated" in port:                        # one command sets these four
+        loud = [flag for flag in ("learning", "flood", "mcast_flood") if port.get(flag)]
+        isolated = port["isolated"] if not loud else f"{spoken_value(port['isolated'])} with {', '.join(loud)}"
+        seen.facts.add(("port", name, "isolated", isolated))
     for flag in ("locked", "bcast_flood"):
         if flag in port:
             seen.facts.add(("port", name, flag, port[flag]))
@@ -3030,6 +3217,7 @@ def comment_vpc(comment):
 
 def see_inside(seen, subnets):
     """Look into the namespaces of subnets, those that are ours, side by side."""
+    seen.blind = ()
     subnets = [subnet for subnet in subnets if ("ns", subnet["ns"]) in seen.facts]
     found = in_namespaces([subnet["ns"] for subnet in subnets], look_inside)
     for subnet in subnets:
@@ -3055,6 +3243,19 @@ def policy_meaning(rules):
     return [pair for chain in ("INPUT", "OUTPUT") for pair in meant if pair[0] == chain]
 
 
+def policy_wrong(have, want):
+    """What is wrong with a policy's rules as printed, beside those that are planned -> Wrong, or None."""
+    have, want = policy_meaning(have), policy_meaning(rule[1:] for rule in want)
+    if have == want or not have:
+        return None if have else MISSING
+    faults = []
+    for verb, some, others in (("lacks", want, have), ("holds a changed or additional", have, want)):
+        labels = [dict(meaning)["--comment"] for chain, meaning in some if (chain, meaning) not in others]
+        if labels:
+            faults.append(f"{verb} {', '.join(labels[:3])}" + (f" and {len(labels) - 3} more" if labels[3:] else ""))
+    return Wrong("changed", "; ".join(faults) or "stands in another order")
+
+
 def look_inside(space):
     """Called in a namespace -> (its facts, its firewall as parse_rules has it)."""
     facts = {("inside", space, "card", name) for name in host_interfaces()}
@@ -3066,6 +3267,7 @@ def look_inside(space):
             facts.add(("inside", space, "address", link["ifname"], block))
     for route in ask("ip", "-j", "-4", "route", "show", has="dst"):
         facts.add(("inside", space, "route", route["dst"], route.get("gateway")))
+    facts.update(("inside", space, "neighbour") + entry for entry in permanent_neighbours())
     for key, _, _ in NS_SYSCTLS:
         facts.add(("inside", space, "sysctl", key, sysctl_value(key)))
     return facts, parse_rules(saved_rules())
@@ -3104,30 +3306,51 @@ def seen_policy(space, rules):
 
 
 WORDS = {"ns": "namespace %s", "ours": "mark of namespace %s", "link": "interface %s", "alias": "mark of interface %s",
-         "mac": "hardware address of interface %s: %s", "up": "interface %s is up", "master": "cable %s plugged into %s",
+         "mac": "hardware address of interface %s", "up": "interface %s", "master": "bridge of cable %s",
          "port": "port %s: %s", "fdb": "port %s: forwarding entry for %s", "address": "interface %s: address %s",
-         "neighbour": "interface %s: neighbour entry for %s", "route": "route in table %s: %s by %s",
-         "sysctl": "kernel switch %s = %s", "policy": "namespace %s: policy rules", "file": "file %s",
+         "neighbour": "interface %s: neighbour entry for %s", "route": "routing table %s: the way to %s",
+         "sysctl": "kernel switch %s", "policy": "namespace %s: policy rules", "file": "file %s",
          "symlink": "link %s", "folder": "folder %s", "chain": "firewall table %s: chain %s",
          "flows": "tracked connections: %s"}
 
 
+def kind_of(fact):
+    """The kind of a fact, or of what it says of the inside of a namespace."""
+    return fact[2] if fact[0] == "inside" else fact[0]
+
+
 def named(fact):
-    """A thing in words, if its fact is enough to tell it."""
+    """A thing in words, if its fact is enough to tell it, without its value."""
+    if fact[0] == "inside":
+        return f"namespace {fact[1]}: " + named((fact[2], "main") + fact[3:] if fact[2] == "route" else fact[2:])
     words = WORDS[fact[0]]
     return words % tuple(fact[1:1 + words.count("%s")])
 
 
-def describe(step):
-    """A step's thing in words, for verify."""
+def rule_alone(rule):
+    """A rule's words without its comment, as one would type them."""
+    words = list(rule)
+    if "--comment" in words:
+        at = words.index("--comment")
+        del words[at - 2:at + 2]
+    return shown(words)
+
+
+def describe(step, wrong=MISSING):
+    """A step's thing in words, and what was found of it."""
     fact = step.fact
-    if fact[0] == "inside":
-        return "namespace %s: %s" % (fact[1], " ".join(str(word) for word in fact[2:]))
+    if fact[0] == "rule" and wrong.found:
+        words = step.undo[0]                      # iptables -D CHAIN and the rule
+        return f'{fact[2]}: our rule "{rule_alone(words[words.index(fact[2]) + 1:])}" {wrong.found}'
     if fact[0] in ("rule", "lookup"):
-        argv = (step.do or step.undo)[0]
-        argv = argv[:argv.index("-m")] if "--comment" in argv and argv.index("-m") == len(argv) - 4 else argv
-        return "%s: %s" % ("firewall rule" if fact[0] == "rule" else "routing rule", shown(argv))
-    return named(fact)
+        kind = "firewall rule" if fact[0] == "rule" else "routing rule"
+        thing = f"{kind}: {rule_alone((step.do or step.undo)[0])}"
+    else:
+        thing = named(fact)
+    if wrong.found:
+        return f"{thing} {wrong.found}"
+    value = {"up": "up", "lookup": None}.get(kind_of(fact), fact[-1] if kind_of(fact) in VALUED else None)
+    return thing if value is None else f"{thing} ({spoken_value(value)})"
 
 
 # ------------------------------------------------------------------------------------------------ VPCs
@@ -3397,8 +3620,7 @@ def restore(ctl, args):
             ctl.note("%s; left alone, `vpcctl delete --force %s` clears it away" % (why, name))
     names = args.vpcs or sorted(set(ctl.world) | set(ctl.intents))
     if ctl.dry_run:
-        return ctl.run.make(sorted([(None, step) for step in plan(ctl.world, set(names)).values()],
-                                   key=lambda pair: pair[1].phase), [])
+        return ctl.run.make(in_order([Change(None, step, None) for step in plan(ctl.world, set(names)).values()]), [])
     done = clear_strays(ctl, names) + mend(ctl, names) if names else 0
     ctl.report("Restored: %s" % ", ".join(names) if done else "Nothing to restore")
 
@@ -3426,8 +3648,9 @@ def heal_first(ctl, names):
         mend(ctl, unsound, strict=False)
 
 
-def mend(ctl, names, gone=(), strict=True):
+def mend(ctl, names, gone=(), strict=True, wanted=lambda app: True):
     """Make the kernel match the records of some VPCs, finishing intents; `gone` are to go -> how much was amiss.
+    Of apps that have ended, those are started again that are `wanted`.
 
     The host's part is mended first, for all of them, before anybody looks into a namespace: nothing in there can
     keep it from that. What could not be put right of a subnet is raised in the end as a Problem, or is a note if
@@ -3461,7 +3684,7 @@ def mend(ctl, names, gone=(), strict=True):
             seen = look(True)
         _, parts = parted(mending(steps, {}, seen)[1], new, seen)
         troubles = mend_subnets(ctl, parts) + unseen(new, seen)
-        started, touched = mend_records(ctl, new, names, troubles)
+        started, touched = mend_records(ctl, new, names, troubles, wanted)
     if strict and troubles:
         raise Problem("; ".join(map(str, troubles)), troubles[0].hint, 3)
     for problem in troubles:
@@ -3470,20 +3693,20 @@ def mend(ctl, names, gone=(), strict=True):
 
 
 def parted(makes, world, seen):
-    """Pairs to make -> (those of the host, name of a subnet -> those of its namespace and its cable). Of a
+    """Changes to make -> (those of the host, name of a subnet -> those of its namespace and its cable). Of a
     namespace that could not be looked into only the cable, and that is not switched on."""
     owners, host, parts = {}, [], {}
     for vpc in world.values():
         for subnet in vpc["subnets"]:
             owner = f"{vpc['name']}/{subnet['name']}", subnet["ns"]
             owners["ns", subnet["ns"]] = owners["link", subnet["veth"] + "-b"] = owner
-    for pair in makes:
-        step = pair[1]
+    for change in makes:
+        step = change.make
         name, space = owners.get(step.fact) or owners.get(step.holder) or (None, None)
         if not name:
-            host.append(pair)
+            host.append(change)
         elif space not in seen.broken or step.phase not in (INSIDE, PLUG):
-            parts.setdefault(name, []).append(pair)
+            parts.setdefault(name, []).append(change)
     return host, parts
 
 
@@ -3502,7 +3725,7 @@ def mend_subnets(ctl, parts):
     """Make what is missing of subnets: side by side, or, if that fails, each by itself -> a Problem for each that
     cannot be put right."""
     try:
-        ctl.run.transact([], [pair for part in parts.values() for pair in part])
+        ctl.run.transact([], [change for part in parts.values() for change in part])
         return []
     except (Problem, OSError) as trouble:
         if len(parts) == 1:
@@ -3511,12 +3734,13 @@ def mend_subnets(ctl, parts):
     return [problem for name in parts for problem in mend_subnets(ctl, {name: parts[name]})]
 
 
-def mend_records(ctl, new, names, troubles):
+def mend_records(ctl, new, names, troubles, wanted):
     """When the kernel matches: programs, then records; `troubles` receives a Problem for each program that does
     not start -> (how many were started, how many records changed)."""
     note_lost(ctl, new)
     silent = []
-    started = revive_apps(ctl, [new[name] for name in sorted(names) if name in new], silent)
+    apps = [(name, app) for name in sorted(set(names) & set(new)) for app in new[name]["apps"] if wanted(app)]
+    started = revive_apps(ctl, apps, silent)
     for name, app, problem in silent:
         if app["start"]:
             troubles.append(problem)
@@ -4046,21 +4270,29 @@ def is_block(peer):
 
 @command("deploy-app", "deploy-app blog web --port 8080", VPC, SUBNET,
          arg("--port", type=port_type, required=True, metavar="PORT", help="where it listens"),
+         arg("--env", action="append", type=variable_type, metavar="KEY=VALUE",
+             help="a variable for the program; may be given again; root alone can read it later"),
+         arg("--workdir", type=folder_type, metavar="FOLDER", help="where it runs (default: a folder of its own)"),
          arg("program", nargs="*", metavar="-- COMMAND…", help="a program of your own (default: a web page)"),
-         changes=True)
+         changes=True, more="""
+How it runs: as a user of its own without any right, in a folder of its own with one page in it (or --workdir),
+with PATH, HOME=/, LANG=C.UTF-8, PYTHONUNBUFFERED=1 and what --env says, and with no input; `vpcctl logs` shows
+what it prints. A program without a / is looked for in PATH. It may stay in the foreground or go into the
+background: whoever listens on the port 10 seconds later at most is the app.""")
 def deploy_app(ctl, args):
     """start a program in a subnet: a small web server, or one of your own"""
     new = ctl.copy()
     vpc = ctl.vpc(args.vpc, new)
     subnet = ctl.subnet(vpc, args.subnet)
-    wanted = new_app(vpc, subnet, args.port, args.program)
+    wanted, variables = new_app(vpc, subnet, args.port, args.program, args.workdir), dict(args.env or ())
     for app in vpc["apps"]:
         if (app["subnet"], app["port"]) == (args.subnet, args.port):
-            if app.get("command") != wanted.get("command"):
-                raise Problem("another program is deployed there on port %d: %s" % (
-                    args.port, shown(app["command"]) if app.get("command") else "the usual web page"),
-                              "`vpcctl stop-app %s %s --port %d` first" % (args.vpc, args.subnet, args.port))
+            other = difference_of_apps(ctl, app, wanted, variables)
+            if other:
+                raise Problem(f"{other} is deployed there on port {args.port}: {program_text(app)}",
+                              f"`vpcctl stop-app {args.vpc} {args.subnet} --port {args.port}` first")
             return already(ctl, [args.vpc], "the app in subnet %s on port %d is there already" % (args.subnet, args.port))
+    give_variables(ctl, wanted, variables)
     vpc["apps"].append(wanted)
     prepare_apps(ctl, [wanted])
     ctl.change(new, after=lambda _: start_apps(ctl, [(args.vpc, wanted)]))
@@ -4068,13 +4300,70 @@ def deploy_app(ctl, args):
         args.subnet, subnet["ns"], args.port, wanted["pid"]))
 
 
-def new_app(vpc, subnet, port, program):
+def new_app(vpc, subnet, port, program, workdir=None):
     """The record of an app that is to be started; `prepare_apps` completes it."""
     app = {"subnet": subnet["name"], "ns": subnet["ns"], "port": port, "pid": 0, "start": "", "cmd": [],
            "log": app_log(subnet["ns"], port)}
-    if program:
-        app["command"] = list(program)
-    return app
+    given = {"command": list(program or ()), "workdir": workdir}
+    return dict(app, **{key: value for key, value in given.items() if value})
+
+
+def program_text(app):
+    """What an app runs, on one line."""
+    folder = f" in {app['workdir']}" if app.get("workdir") else ""
+    names = " with " + ", ".join(app["env"]["names"]) if app.get("env") else ""
+    return (shown(app["command"]) if app.get("command") else "(page)") + folder + names
+
+
+def difference_of_apps(ctl, app, wanted, variables):
+    """What an app that is deployed is, compared with one that is wanted with some variables; empty if the same."""
+    if app.get("command") != wanted.get("command"):
+        return "another program"
+    if app.get("workdir") != wanted.get("workdir"):
+        return "a program in another folder"
+    known = variables_of(ctl, app)
+    same = known == variables if known is not None else app["env"]["names"] == sorted(variables)
+    return "" if same else "a program with other variables"
+
+
+# A record can be read by everybody, so it holds the names of an app's variables, and the number of the file with
+# their values: another file for each deployment, so that a failed one leaves the old values as they were.
+
+def give_variables(ctl, app, variables):
+    """Give an app that is to be started its variables: `open_variables` writes them."""
+    if variables:
+        app["env"] = {"id": os.urandom(8).hex(), "names": sorted(variables)}
+        ctl.variables[app["env"]["id"]] = variables
+
+
+def variables_file(app):
+    """The name of the file with an app's variables, or None."""
+    return f"app_{app['ns']}_{app['port']}_{app['env']['id']}.env" if app.get("env") else None
+
+
+def open_variables(ctl, app):
+    """Open what an app reads first: its variables, or nothing -> descriptor. Problem if they are lost."""
+    if not app.get("env"):
+        return os.open(os.devnull, os.O_RDONLY)
+    path, values = os.path.join(ctl.store.folder, variables_file(app)), ctl.variables.get(app["env"]["id"])
+    if values is not None:
+        with os.fdopen(open_private(path, os.O_WRONLY | os.O_TRUNC), "w", encoding="utf-8") as handle:
+            json.dump(values, handle)
+    try:
+        return os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    except OSError as error:
+        raise Problem(f"the variables of the app in subnet {app['subnet']} on port {app['port']} are lost: {path}: "
+                      f"{error.strerror}", "deploy it again with --env", 3) from None
+
+
+def variables_of(ctl, app):
+    """An app's variables; None if we may not look, or if they are lost."""
+    if not app.get("env"):
+        return {}
+    try:
+        return json.loads(read_bytes(os.path.join(ctl.store.folder, variables_file(app))).decode())
+    except (OSError, ValueError):
+        return None
 
 
 def app_log(space, port):
@@ -4164,12 +4453,20 @@ def accounts():
     return found
 
 
+# Variables are set when all rights are given up (`ip` loads what some of them name), and in no process's arguments.
+WITH_VARIABLES = ("import json, os, sys; os.environ.update(json.load(sys.stdin)); "
+                  "sys.excepthook = lambda _, error, at: print(sys.argv[1] + ':', error.strerror); "
+                  "os.dup2(os.open(os.devnull, 0), 0); os.execvp(sys.argv[1], sys.argv[1:])")
+
+
 def app_command(app):
     """The command that starts an app in its namespace: as its user, if it has one, without any capability."""
     user = ()
     if app.get("user"):
         user = ("--reuid=%d" % app["user"], "--regid=%d" % app["user"], "--clear-groups")
     program = tuple(app.get("command") or (app_python(), "-m", "http.server", str(app["port"])))
+    if app.get("env"):
+        program = (app_python(), "-ISc", WITH_VARIABLES) + program
     return ("ip", "netns", "exec", app["ns"], "setpriv") + user + ("--bounding-set=-all", "--inh-caps=-all",
                                                                    "--no-new-privs") + program
 
@@ -4192,23 +4489,14 @@ def start_apps(ctl, apps):
 
     Problem 3, with the last lines of its log, if one does not; all of them are ended then.
     """
-    import time
     children = []
     try:
         for vpc_name, app in apps:
             ctl.run.echo(tuple(app["cmd"]) + ("&",), "a program in the subnet")
             if not ctl.dry_run:
                 children.append((app, spawn_app(ctl, vpc_name, app)))
-        deadline = time.monotonic() + APP_WAIT
+        await_apps(ctl, children)
         for app, child in children:
-            while not (child.poll() is None and app["port"] in listening(str(child.pid))):
-                ctl.run.heed()
-                if child.poll() is not None or time.monotonic() > deadline:
-                    raise silent_app(ctl, app)
-                time.sleep(0.01)
-            app["pid"], app["start"] = child.pid, process_start(child.pid)
-            if app["port"] not in listening(str(child.pid), ("tcp", "tcp6")):
-                app["protocol"] = "udp"           # what `explain` and `graph` say of it
             child.returncode = 0                  # it outlives us on purpose: no warning that it was not waited for
     except BaseException:
         stop_programs(ctl, [app for app, _ in children])
@@ -4221,11 +4509,68 @@ def start_apps(ctl, apps):
         raise
 
 
-def silent_app(ctl, app):
-    """The Problem for a program that does not listen."""
-    path = os.path.join(ctl.store.folder, app["log"])
-    return Problem("the app in subnet %s does not listen on port %d: %s" % (
-        app["subnet"], app["port"], last_lines(path) or "it said nothing"), "is the command right?", 3)
+def await_apps(ctl, children):
+    """Wait until programs listen, and write down who does; children: [(app record, child process)]. Problem 3 if one
+    does not: at once when all that it started has ended."""
+    import time
+    deadline, waiting, seen = time.monotonic() + APP_WAIT, list(children), {}
+    while waiting:
+        for app, child in list(waiting):
+            ended = child.poll() is not None      # asked first: what it has left behind is there by now
+            pid = app["pid"] = found_app(app)
+            now = time.monotonic()
+            if pid and (pid != child.pid or now > seen.setdefault(pid, now) + SETTLE_WAIT):
+                app["start"] = process_start(pid)
+                waiting.remove((app, child))
+                note_listeners(ctl, app)
+            elif not pid and (now > deadline or (ended and not app_processes(app))):
+                raise silent_app(ctl, app, child)
+        ctl.run.heed()
+        time.sleep(0.01)
+
+
+def found_app(app):
+    """Which process of an app that was just started listens on its port -> its PID; 0 if none does yet. The port was
+    free before, so with one user for all apps it is whoever has it: a program that goes into the background may
+    have left its parents, and some overwrite the environment by which it is known."""
+    if not listeners_on(app):
+        return 0                                  # a quick look first: most take a while until they listen
+    user = app.get("user", os.geteuid())
+    found = holders(app, {pid: process for pid, process in processes().items() if process.user == user})
+    return found[0] if found else 0
+
+
+def note_listeners(ctl, app):
+    """When an app listens: by which protocol, and whether others can reach it."""
+    found = listeners_on(app)
+    app.pop("protocol", None)
+    if found and not any(one.kind.startswith("tcp") for one in found):
+        app["protocol"] = "udp"                   # what `explain` and `graph` say of it
+    where = sorted({one.address for one in found})
+    if where and all(is_loopback(address) for address in where):
+        ctl.note(f"the app in subnet {app['subnet']} on port {app['port']} listens on {' and '.join(where)} only: "
+                 "no other subnet reaches it; let it listen on every address (0.0.0.0)")
+
+
+def is_loopback(address):
+    """Whether only programs in the same namespace reach an address."""
+    return address.startswith("127.") or address == "::1"
+
+
+def silent_app(ctl, app, child):
+    """The Problem for a program that does not listen: what it said, and what to do."""
+    said = last_lines(os.path.join(ctl.store.folder, app["log"])) or "it said nothing"
+    left, inside = app_processes(app), set()
+    if left:
+        held = set().union(*map(sockets_of, left))
+        inside = {one.port for one in in_namespace(app["ns"], listeners) if one.inode in held}
+    hint = "is the command right?"
+    if inside:
+        hint = f"it listens on {', '.join(map(str, sorted(inside)))} instead: name that with --port"
+    elif left and child.returncode is not None:
+        hint = "it went into the background: its own option to stay in the foreground may tell why " \
+               "(nginx: -g 'daemon off;')"
+    return Problem(f"the app in subnet {app['subnet']} does not listen on port {app['port']}: {said}", hint, 3)
 
 
 def spawn_app(ctl, vpc_name, app):
@@ -4234,14 +4579,19 @@ def spawn_app(ctl, vpc_name, app):
     if app["port"] in in_namespace(app["ns"], listening):
         raise Problem("port %d is in use already in %s" % (app["port"], app["ns"]),
                       "take another --port; `vpcctl exec %s %s -- ss -lnp` shows who" % (vpc_name, app["subnet"]), 3)
-    folder = prepare_page(vpc_name, app)
-    log = open_private(os.path.join(ctl.store.folder, app["log"]), os.O_WRONLY | os.O_TRUNC | os.O_APPEND)
+    folder = app.get("workdir") or prepare_page(vpc_name, app)
+    if not os.path.isdir(folder):
+        raise Problem(f"the app in subnet {app['subnet']} on port {app['port']} is to run in {folder}: "
+                      "there is no such folder", "make it, or deploy the app with another --workdir", 3)
     environment = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/", "LANG": "C.UTF-8",
                    "PYTHONUNBUFFERED": "1", "VPCCTL_APP": app_tag(app)}
+    variables = open_variables(ctl, app)
+    log = open_private(os.path.join(ctl.store.folder, app["log"]), os.O_WRONLY | os.O_TRUNC | os.O_APPEND)
     try:
-        return popen(app["cmd"], stdout=log, stderr=subprocess.STDOUT, cwd=folder, env=environment)
+        return popen(app["cmd"], stdin=variables, stdout=log, stderr=subprocess.STDOUT, cwd=folder, env=environment)
     finally:
         os.close(log)
+        os.close(variables)
 
 
 def prepare_page(vpc_name, app):
@@ -4254,8 +4604,8 @@ def prepare_page(vpc_name, app):
 
 
 def tidy_apps(ctl, names, new, keep_logs=False):
-    """Remove pages and logs of apps of these VPCs that are in no record. What is on the disk counts, rather than what
-    an older record says: so nothing is forgotten if a kill comes in between."""
+    """Remove pages, logs and variables of apps of these VPCs that are in no record. What is on the disk counts,
+    rather than what an older record says: so nothing is forgotten if a kill comes in between."""
     for name in names:
         folder = "%s/%s/www" % (RUN_DIR, name)
         kept = {page_folder(name, app) for app in (new.get(name) or {"apps": ()})["apps"]}
@@ -4264,11 +4614,11 @@ def tidy_apps(ctl, names, new, keep_logs=False):
                 remove_tree("%s/%s" % (folder, entry))
         if not kept:
             _rmdir(folder)
-    if keep_logs or ctl.damaged:
+    if ctl.damaged:
         return
-    kept = {app["log"] for vpc in new.values() for app in vpc["apps"]}
+    kept = {name for vpc in new.values() for app in vpc["apps"] for name in (app["log"], variables_file(app))}
     for entry in os.listdir(ctl.store.folder):
-        if re.match(r"app_.+\.log\Z", entry) and entry not in kept:
+        if re.match(r"app_.+\.env\Z" if keep_logs else r"app_.+\.(log|env)\Z", entry) and entry not in kept:
             _unlink(os.path.join(ctl.store.folder, entry))
 
 
@@ -4315,17 +4665,19 @@ def listening(table="thread-self", kinds=("tcp", "tcp6", "udp", "udp6")):
     return {found.port for found in listeners(table, kinds)}
 
 
+def sockets_of(pid):
+    """The inodes of the sockets that a process holds; none if it has ended."""
+    look = lambda path: [os.readlink(os.path.join(path, number)) for number in os.listdir(path)]
+    try:
+        return {int(name[8:-1]) for name in by_threads(pid, "fd", look) if name.startswith("socket:[")}
+    except OSError:
+        return set()
+
+
 def socket_owner(inode, space):
     """The short name of the process in a namespace that holds a socket; an empty string if none is found."""
     known = processes()
-    for pid in processes_in([space], known):
-        try:
-            for number in os.listdir(f"/proc/{pid}/fd"):
-                if os.readlink(f"/proc/{pid}/fd/{number}") == f"socket:[{inode}]":
-                    return known[pid].name
-        except OSError:
-            continue                              # it has just ended, or is another user's
-    return ""
+    return next((known[pid].name for pid in processes_in([space], known) if inode in sockets_of(pid)), "")
 
 
 def process_start(pid):
@@ -4339,14 +4691,56 @@ def process_start(pid):
     return "" if ended else "%s/%d" % (boot, int(fields[19]))
 
 
-def is_alive(app):
-    """Whether an app runs: PID, start time, boot and network namespace must all match what was written down."""
+def is_process(app):
+    """Whether the process that was written down runs: PID, start time, boot and network namespace must all match.
+    (Others than root cannot see the namespace.)"""
     if app["pid"] <= 1 or not app["start"] or process_start(app["pid"]) != app["start"]:
         return False
     try:
-        return network_of(app["pid"]) == os.stat(os.path.join(NETNS_DIR, app["ns"])).st_ino
+        return bool(os.geteuid()) or network_of(app["pid"]) == os.stat(os.path.join(NETNS_DIR, app["ns"])).st_ino
     except OSError:
         return False
+
+
+def is_alive(app):
+    """Whether an app runs."""
+    return pid_of(app) > 0
+
+
+def pid_of(app):
+    """The PID of a running app; 0 if it has ended. One that goes into the background may leave to its successor
+    after we have looked, as some servers do when they start anew: that is found by what it holds."""
+    if is_process(app) or not app["start"]:
+        return app["pid"] if app["start"] else 0
+    return next(iter(holders(app, app_processes(app))), 0)
+
+
+def app_processes(app):
+    """All processes that are an app's, wherever they went -> {pid: Process}."""
+    known = processes()
+    if own_user(app):
+        return {pid: process for pid, process in known.items() if process.user == own_user(app)}
+    return {pid: known[pid] for pid in kin(app, known)}
+
+
+def holders(app, known):
+    """Which of these processes have a socket that listens on an app's port, in its namespace -> PIDs, the eldest
+    first. Others than root cannot see whose a socket is: for them, those in whose namespace there is one."""
+    if os.geteuid():
+        found = [pid for pid in known if app["port"] in listening(pid)]
+    else:
+        wanted = {one.inode for one in listeners_on(app)}
+        inside = processes_in([app["ns"]], known) if wanted else ()
+        found = [pid for pid in inside if wanted & sockets_of(pid)]
+    return sorted(found, key=lambda pid: (int(process_start(pid).rpartition("/")[2] or 0), pid))
+
+
+def listeners_on(app):
+    """What listens on an app's port in its namespace -> list of Listeners."""
+    try:
+        return [one for one in in_namespace(app["ns"], listeners) if one.port == app["port"]]
+    except OSError:
+        return []                                 # there is no such namespace
 
 
 def by_threads(pid, name, look):
@@ -4436,7 +4830,7 @@ def kin(app, known):
     environment is not found."""
     user = app.get("user") or (NOBODY if app_users() else os.geteuid())
     alike = {pid: process for pid, process in known.items() if process.user == user}
-    found = {pid for pid in alike if (pid == app["pid"] and is_alive(app)) or tagged(pid, app_tag(app))}
+    found = {pid for pid in alike if (pid == app["pid"] and is_process(app)) or tagged(pid, app_tag(app))}
     more = found
     while more:
         more = {pid for pid, process in alike.items()
@@ -4528,10 +4922,16 @@ def stop_programs(ctl, apps, spaces=()):
         ctl.note("process %d (%s) could not be ended" % (pid, found[pid][0].name))
 
 
-def revive_apps(ctl, vpcs, troubles=None):
-    """Start the apps of these VPCs that are gone -> how many. With `troubles` (a list), one that cannot be started does
-    not stop the others, and (VPC name, app, Problem) goes there."""
-    gone = [(vpc["name"], app) for vpc in vpcs for app in vpc["apps"] if not is_alive(app)]
+def revive_apps(ctl, apps, troubles=None):
+    """Start those of these apps, [(VPC name, app record)], that are gone -> how many. With `troubles` (a list), one
+    that cannot be started does not stop the others, and (VPC name, app, Problem) goes there."""
+    gone = []
+    for name, app in apps:
+        pid = pid_of(app)
+        if not pid:
+            gone.append((name, app))
+        elif pid != app["pid"]:
+            app.update(pid=pid, start=process_start(pid))
     stop_programs(ctl, [app for _, app in gone])  # something may be left, or its PID was never written down
     prepare_apps(ctl, [app for _, app in gone])
     try:
@@ -4547,12 +4947,17 @@ def revive_apps(ctl, vpcs, troubles=None):
     return len(gone)
 
 
+def app_place(app):
+    """An app in words, for what is missing."""
+    return f"app on port {app['port']} in subnet {app['subnet']}"
+
+
 def last_lines(path, count=5):
-    """The last lines of a file, on one line."""
+    """The last lines of a file that say something, on one line."""
     with open(path, "rb") as handle:
         handle.seek(max(0, os.fstat(handle.fileno()).st_size - 2000))
-        lines = handle.read(2000).decode("utf-8", "replace").splitlines()
-    return " | ".join(line.strip() for line in lines[-count:] if line.strip())
+        lines = map(str.strip, handle.read(2000).decode("utf-8", "replace").splitlines())
+    return " | ".join([line for line in lines if line][-count:])
 
 
 @command("stop-app", "stop-app blog web", VPC, SUBNET,
@@ -4645,7 +5050,7 @@ PRUNE = arg("--prune", action="store_true", help="also delete VPCs that the file
 
 @command("apply", "apply topology.json", TOPOLOGY, PRUNE, changes=True)
 def apply(ctl, args):
-    """make the host match a topology file: create, change and remove what differs"""
+    """make the host match a topology file: create, change, remove and repair what differs"""
     source = spoken(args.file)
     topology = check_topology(read_json(args.file, "topology file"), source)
     names = [vpc["name"] for vpc in topology["vpcs"]]
@@ -4655,23 +5060,104 @@ def apply(ctl, args):
     lines = plan_lines(ctl.world, new)
     if not lines:
         return already(ctl, names, "The host matches %s already" % source)
+    mended, known = 0, [name for name in names if name in ctl.world]
+    if known and not ctl.dry_run:                 # first: what is missing may be what the change stands on
+        staying = [app for vpc in new.values() for app in vpc["apps"]]
+        mended = mend(ctl, known, strict=False, wanted=staying.__contains__)
+        new = desired_world(ctl, topology, args.prune) if mended else new
     change_world(ctl, new)
     for line in lines:
-        ctl.report(line)
-    ctl.report("Applied %s: %s" % (source, counted(len(lines), "change")))
+        ctl.report(str(line))
+    ctl.report("Applied %s: %s%s" % (source, counted(len(lines), "change"),
+                                     "; put right what was missing" if mended else ""))
 
 
-@command("plan", "plan topology.json", TOPOLOGY, PRUNE)
+@command("plan", "plan topology.json", TOPOLOGY, PRUNE,
+         arg("--json", action="store_true", help="the same as JSON: changes, repairs, unseen, ok"))
 def plan_command(ctl, args):
-    """show what apply would change: exit code 0 nothing, 1 something"""
+    """show what apply would do, repairs too: exit code 0 nothing, 1 something"""
     topology = check_topology(read_json(args.file, "topology file"), spoken(args.file))
-    ctl.dry_run = True                            # read the records only; ask nobody
-    lines = plan_lines(ctl.world, desired_world(ctl, topology, args.prune))
+    ctl.dry_run = True                            # nothing is changed, and nobody is waited for
+    new = desired_world(ctl, topology, args.prune)
+    lines = plan_lines(ctl.world, new)
+    repairs, unseen = plan_repairs(ctl, new, {vpc["name"] for vpc in topology["vpcs"]})
+    idle = not lines and not repairs
+    if args.json:
+        ctl.show(json.dumps({
+            "ok": idle, "changes": [line._asdict() for line in lines], "unseen": unseen,
+            "repairs": [{"vpc": vpc, "what": kind, "object": text} for vpc, kind, text in repairs]}, indent=2))
+        return 0 if idle else 1
+    for vpc, kind, text in repairs:
+        ctl.say(paint(f"! {'blocked' if kind == 'not ours' else 'repair'} vpc {vpc}: {kind}: {text}", 33))
     for line in lines:
-        ctl.say(paint(line, {"+": 32, "-": 31}.get(line[0], 33)))
-    if not lines:
+        ctl.say(paint(str(line), {"+": 32, "-": 31}.get(line.sign, 33)))
+    for text in unseen:
+        ctl.say(f"? {text}")
+    if idle:
         ctl.say("Nothing to do")
-    return 1 if lines else 0
+    return 0 if idle else 1
+
+
+def plan_repairs(ctl, new, names):
+    """What `apply` would repair in these VPCs, of what the world `new` keeps -> (findings: (VPC, kind, thing), what
+    could not be looked at)."""
+    findings = [(name, "unfinished", "a change was cut short") for name in sorted(ctl.intents)]
+    world = {name: vpc for name, vpc in ctl.world.items() if name in names}
+    if not world:
+        return findings, []
+    root = os.geteuid() == 0
+    seen = observe(world) if root else glimpse()
+    anew = {change.make.fact for change in difference(ctl.world, new)[1]}
+    kept, told = plan(new, names), set(anew)
+    staying = [app for vpc in new.values() for app in vpc["apps"]]
+    unseen = [f"namespace {space}: {why}" for space, why in sorted(seen.broken.items())]
+    runs = is_alive
+    if not root:
+        unseen = ["without root, firewall rules, routes, addresses, ports and what is in the namespaces cannot be seen"]
+        runs = lambda app: process_start(app["pid"]) == app["start"]
+    if not os.path.exists("/proc/1"):             # mounted with hidepid
+        unseen.append("without root, this machine shows nobody's programs but one's own")
+        runs = lambda app: True
+    for name in sorted(world):
+        steps = {fact: step for fact, step in plan(ctl.world, {name}).items() if fact in kept and fact not in told}
+        told.update(steps)
+        findings += [(name, kind, text) for kind, text in folded(world[name], compare(steps, seen))]
+        findings += [(name, "missing", app_place(app))
+                     for app in world[name]["apps"]
+                     if app in staying and not runs(app)]
+    return findings, unseen
+
+
+def folded(vpc, changes):
+    """Findings (kind, thing) of one VPC: what goes with something that is missing is only counted there, and with
+    a bridge that is missing all that is of the VPC."""
+    missing = {change.make.fact for change in changes if change.because.kind == "missing"}
+    bridge, more, heads = ("link", vpc["bridge"]), {}, []
+    for change in changes:
+        holder = bridge if bridge in missing and change.make.fact != bridge else change.make.holder
+        if holder in missing:
+            more[holder] = more.get(holder, 0) + 1
+        else:
+            heads.append(change)
+    return [(change.because.kind, describe(change.make, change.because) + (
+        f", and {more[change.make.fact]} more" if change.make.fact in more else ""))
+            for change in heads]
+
+
+def glimpse():
+    """What an ordinary user sees of the machine, asking nobody -> Seen: interfaces, namespaces, switches, files."""
+    import fcntl
+    import socket
+    import struct
+    seen = Seen()
+    seen.blind = (set(WORDS) | {"rule", "lookup", "inside"}) - {"ns", "link", "up", "sysctl", "file", "symlink", "folder"}
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asker:
+        for name in host_interfaces():
+            answer = fcntl.ioctl(asker, 0x8913, os.fsencode(name).ljust(40, b"\0"))      # SIOCGIFFLAGS
+            seen.facts.update([("link", name)] + [("up", name)] * (struct.unpack_from("H", answer, 16)[0] & 1))
+    spaces = os.listdir(NETNS_DIR) if os.path.isdir(NETNS_DIR) else []
+    seen.facts.update(("ns", name) for name in spaces if is_namespace(name))
+    return seen
 
 
 @command("export", "export blog",
@@ -4683,6 +5169,12 @@ def export(ctl, args):
     peers = [{"vpcs": [name, peer["peer_vpc"]], "allow": peer["allowed"]} for name in names
              for peer in ctl.world[name]["peers"] if peer["side"] == "a" and peer["peer_vpc"] in names]
     ctl.show(json.dumps({"vpcs": vpcs, "peers": peers}, indent=2))
+    for name in names:
+        for app in ctl.world[name]["apps"]:
+            if app.get("env"):
+                names_of_env = ", ".join(app["env"]["names"])
+                ctl.note(f"the app in subnet {name}/{app['subnet']} on port {app['port']} is given without its "
+                         f"variables ({names_of_env}): an \"env\" in the file sets them")
 
 
 def export_vpc(vpc):
@@ -4710,7 +5202,8 @@ def export_vpc(vpc):
 
 def app_entry(app):
     """An app as in a topology file."""
-    return dict({"port": app["port"]}, **({"cmd": app["command"]} if app.get("command") else {}))
+    entry = {"port": app["port"], "cmd": app.get("command"), "workdir": app.get("workdir")}
+    return {key: value for key, value in entry.items() if value}
 
 
 # What a topology may hold: a check for each key; "!" marks those that must be there.
@@ -4744,11 +5237,23 @@ def _choice(value, place):
     return value
 
 
+def _folder(value, place):
+    with placed(place):
+        return folder(value)
+
+
+def _variables(value, place):
+    if not isinstance(value, dict):
+        raise Problem("%s is not an object" % place, 'write it like {"KEY": "VALUE"}')
+    with placed(place):
+        return dict(variable(*pair) for pair in value.items())
+
+
 TOPOLOGY_SHAPE = {
     "vpcs!": [{"name!": _typed(name_type), "cidr!": _typed(network_type),
                "subnets": [{"name!": _typed(name_type), "cidr!": _typed(network_type), "gw": _typed(address_type),
                             "policy": lambda value, place: check_policy(value, place),
-                            "apps": [{"port!": _port, "cmd": _words}],
+                            "apps": [{"port!": _port, "cmd": _words, "env": _variables, "workdir": _folder}],
                             "publish": [{"host_port!": _port, "port": _port, "protocol": _choice,
                                          "interface": _typed(interface_type)}]}],
                "nat": {"interface": _typed(interface_type), "subnets": [_typed(name_type)]}}],
@@ -4860,12 +5365,20 @@ def set_subnets(ctl, vpc, entry, world, used):
                 subnet = new_subnet(ctl, vpc, given["name"], given["cidr"], given.get("gw"), world, used)
         vpc["subnets"].append(subnet)
         subnet["policy"] = given.get("policy") or duplicate(DEFAULT_POLICY)
-        for app in given.get("apps", ()):
-            known = apps.get((given["name"], app["port"]))
-            fits = known and known.get("command") == app.get("cmd") and known["ns"] == subnet["ns"]
-            vpc["apps"].append(known if fits else new_app(vpc, subnet, app["port"], app.get("cmd") or []))
+        vpc["apps"] += [wanted_app(ctl, vpc, subnet, app, apps.get((given["name"], app["port"])))
+                        for app in given.get("apps", ())]
     for subnet in vpc["subnets"]:
         policy_names(subnet, vpc)
+
+
+def wanted_app(ctl, vpc, subnet, given, known):
+    """The record of a topology's app: that of the one that is deployed, if it is the same."""
+    wanted = new_app(vpc, subnet, given["port"], given.get("cmd"), given.get("workdir"))
+    variables = given.get("env", {})
+    if known and known["ns"] == subnet["ns"] and not difference_of_apps(ctl, known, wanted, variables):
+        return known
+    give_variables(ctl, wanted, variables)
+    return wanted
 
 
 def no_overlap(subnets):
@@ -4931,34 +5444,55 @@ def change_world(ctl, new):
     ctl.change(new, before=lambda: stop_programs(ctl, ended, gone), after=lambda _: start_apps(ctl, fresh))
 
 
+class PlanLine(namedtuple("PlanLine", "sign what text ends")):
+    """A difference between two worlds: + comes, - goes, ~ changes, -/+ is made anew, which `ends` other things."""
+    __slots__ = ()
+
+    def __str__(self):
+        colon = ":" if self.sign in ("~", "-/+") else ""
+        ends = f"; ends {', '.join(self.ends)}" if self.ends else ""
+        return f"{self.sign} {self.what}{colon} {self.text}".rstrip() + ends
+
+
 def plan_lines(old, new):
-    """The differences between two worlds, a line each: + comes, - goes, ~ changes."""
+    """The differences between two worlds -> list of PlanLine."""
     lines = []
     for name in sorted(set(old) | set(new)):
         before, after = old.get(name), new.get(name)
-        if before and after and before["cidr"] != after["cidr"]:
-            lines.append("~ vpc %s: %s -> %s" % (name, before["cidr"], after["cidr"]))
-            before = None
-        elif not before or not after:
-            lines.append("%s vpc %s %s" % ("+" if after else "-", name, (after or before)["cidr"]))
-        if after:
-            lines += vpc_lines(before or {"subnets": [], "apps": [], "published": [], "peers": []}, after)
+        if not after:
+            lines.append(PlanLine("-", f"vpc {name}", before["cidr"], []))
+        else:
+            lines += change_line(f"vpc {name}", before and before["cidr"], after["cidr"], before and ended(before))
+            same = before and before["cidr"] == after["cidr"]
+            lines += vpc_lines(before if same else {"subnets": [], "apps": [], "published": [], "peers": []}, after)
     peers = [{(name, peer["peer_vpc"]): peer["allowed"] for name, vpc in world.items() for peer in vpc["peers"]
               if peer["side"] == "a"} for world in (old, new)]
     peers[1] = {pair[::-1] if pair[::-1] in peers[0] else pair: peers[1][pair] for pair in peers[1]}
     for pair in sorted(set(peers[0]) | set(peers[1])):
-        lines += change_line("peer %s %s" % pair, *[",".join(side[pair]) if pair in side else None for side in peers])
+        lines += change_line("peer %s %s" % pair, *[",".join(side[pair]) if pair in side else None for side in peers],
+                             ends=["open connections between the two"])
     return lines
 
 
-def change_line(what, before, after):
-    """A line for something that came, went or changed; none if it is the same."""
+def change_line(what, before, after, ends=()):
+    """A line for something that came, went or changed; none if it is the same. With `ends`, what changes is made
+    anew, and that ends these."""
     if before == after:
         return []
     if before is None or after is None:
-        value = after if before is None else ""
-        return ["%s %s%s" % ("+" if before is None else "-", what, " " + value if value else "")]
-    return ["~ %s: %s -> %s" % (what, before, after)]
+        return [PlanLine("+" if before is None else "-", what, after or "", [])]
+    return [PlanLine("-/+" if ends else "~", what, f"{before} -> {after}", list(ends))]
+
+
+def ended(vpc, subnet=None):
+    """What ends when a VPC, or one subnet of it, is made anew -> list of texts."""
+    names = [each["name"] for each in vpc["subnets"] if subnet in (None, each["name"])]
+    apps = [f"{app['subnet']}:{app['port']}" for app in vpc["apps"] if app["subnet"] in names]
+    published = [str(port["host_port"]) for port in vpc["published"] if port["subnet"] in names]
+    peers = [peer["peer_vpc"] for peer in vpc["peers"]]
+    parts = [("subnet%s", [] if subnet else names), ("app%s", apps), ("published port%s", published),
+             ("peering%s with", [] if subnet else peers)]
+    return [f"{word % ('s' * bool(found[1:]))} {', '.join(found)}" for word, found in parts if found] + ["open connections"]
 
 
 def vpc_lines(before, after):
@@ -4968,20 +5502,25 @@ def vpc_lines(before, after):
         subnet["cidr"]) else "")
     old, new = ({subnet["name"]: subnet for subnet in vpc["subnets"]} for vpc in (before, after))
     for key in list(old) + [key for key in new if key not in old]:
-        lines += change_line("subnet %s/%s" % (name, key), text(old.get(key)), text(new.get(key)))
+        lines += change_line("subnet %s/%s" % (name, key), text(old.get(key)), text(new.get(key)), ended(before, key))
         if key in new:
             had = old[key]["policy"] if key in old else DEFAULT_POLICY
             lines += policy_lines("policy %s/%s" % (name, key), had, new[key]["policy"])
     nat = lambda vpc: vpc.get("nat") and "%s%s" % (vpc["nat"]["interface"], " for " + ",".join(
         vpc["nat"]["subnets"]) if vpc["nat"].get("subnets") is not None else "")
     lines += change_line("nat %s" % name, nat(before), nat(after))
-    for kind, key, value in (
-            ("apps", lambda app: (app["subnet"], app["port"]), lambda app: shown(app["command"]) if app.get("command") else "(page)"),
+    for kind, key, value, ends in (
+            ("apps", lambda app: (app["subnet"], app["port"]), program_text, ["the program that runs"]),
             ("published", lambda port: (port["subnet"], port["host_port"], port["protocol"]),
-             lambda port: "%s/%d by %s" % (port["protocol"], port["port"], port["interface"]))):
+             lambda port: "%s/%d by %s" % (port["protocol"], port["port"], port["interface"]),
+             ["open connections through it"])):
         had, have = ({key(item): value(item) for item in vpc[kind]} for vpc in (before, after))
+        known = [app.get("env") for app in before["apps"]]
+        for app in after[kind] if kind == "apps" else ():         # another file of variables: other values
+            if had.get(key(app)) == have[key(app)] and app.get("env") not in known:
+                have[key(app)] += ", other values"
         for item in sorted(set(had) | set(have)):
-            lines += change_line("%s %s/%s %d" % ((kind.rstrip("s"), name) + item[:2]), had.get(item), have.get(item))
+            lines += change_line("%s %s/%s %d" % ((kind.rstrip("s"), name) + item[:2]), had.get(item), have.get(item), ends)
     return lines
 
 
@@ -4995,7 +5534,7 @@ def policy_lines(what, before, after):
             default = (policy.get("default") or {}).get(direction)
             texts.append(", ".join(rules + (["default " + default] if default else [])) or "nothing")
         if texts[0] != texts[1]:
-            lines.append("~ %s: %s %s -> %s" % (what, direction, texts[0], texts[1]))
+            lines.append(PlanLine("~", what, f"{direction} {texts[0]} -> {texts[1]}", []))
     return lines
 
 
@@ -5011,7 +5550,8 @@ def list_vpcs(ctl, args):
         return ctl.show(json.dumps(rows, indent=2))
     if args.long:
         return print_table(ctl, ("VPC", "RANGE", "STATE", "SUBNETS", "APPS", "PEERS", "NAT", "PUBLISHED"), [
-            (row["name"], row["cidr"], row["state"], len(row["subnets"]), row["apps"], ",".join(row["peers"]) or "-",
+            (row["name"], row["cidr"], row["state"], len(row["subnets"]),
+             f"{row['apps_up']} of {row['apps']} up" if row["apps"] else "-", ",".join(row["peers"]) or "-",
              row["nat"] or "-", ",".join(map(str, row["published"])) or "-") for row in rows])
     if not rows:
         return ctl.say("VPCs: none yet; `vpcctl create blog --cidr 10.20.0.0/16` makes one")
@@ -5025,10 +5565,12 @@ def list_row(ctl, name):
     vpc = ctl.world.get(name) or ctl.intents.get(name)
     if name in ctl.damaged or not vpc:
         state = "record unreadable: vpcctl delete --force %s" % name if name in ctl.damaged else "unfinished"
-        return {"name": name, "cidr": "?", "state": state, "subnets": [], "apps": 0, "peers": [], "nat": None, "published": []}
+        return {"name": name, "cidr": "?", "state": state, "subnets": [], "apps": 0, "apps_up": 0, "peers": [],
+                "nat": None, "published": []}
     state = "unfinished: vpcctl restore" if name in ctl.intents else "down: vpcctl restore" if is_down(vpc) else "up"
     return {"name": name, "cidr": vpc["cidr"], "state": state, "subnets": [subnet["name"] for subnet in vpc["subnets"]],
-            "apps": len(vpc["apps"]), "peers": [peer["peer_vpc"] for peer in vpc["peers"]],
+            "apps": len(vpc["apps"]), "apps_up": sum(map(is_alive, vpc["apps"])),
+            "peers": [peer["peer_vpc"] for peer in vpc["peers"]],
             "nat": vpc["nat"]["interface"] if vpc.get("nat") else None,
             "published": [published["host_port"] for published in vpc["published"]]}
 
@@ -5053,14 +5595,163 @@ def paint(text, code):
     return f"{_PAINT}{code}m{text}{_PAINT}0m" if wanted else text
 
 
-@command("inspect", "inspect blog", VPC)
+@command("ps", "ps blog",
+         arg("vpc", nargs="?", type=name_type, metavar="VPC", help="of this VPC (default: of all)", complete="vpc"),
+         arg("--json", action="store_true", help="the same as JSON"))
+def list_apps(ctl, args):
+    """list the apps: what runs, on which addresses it listens, and why another has exited"""
+    vpcs = [ctl.vpc(args.vpc)] if args.vpc else [ctl.world[name] for name in sorted(ctl.world)]
+    for name, why in sorted(ctl.damaged.items()) if not args.vpc else ():
+        ctl.note(f"the record of VPC {name} is unreadable: {why}")
+    apps = [app_state(ctl, vpc["name"], app) for vpc in vpcs for app in vpc["apps"]]
+    if args.json:
+        return ctl.show(json.dumps({"apps": apps}, indent=2))
+    if not apps:
+        return ctl.say("Apps: none yet; `vpcctl deploy-app VPC SUBNET --port 8080` starts one")
+    print_table(ctl, ("VPC", "SUBNET", "PORT", "PROGRAM", "PID", "STATE", "LISTENS ON"), [
+        (app["vpc"], app["subnet"], f"{app['protocol']}/{app['port']}", cut(app["program"]), app["pid"] or "-",
+         state_text(app), listens_text(app)) for app in apps])
+    for app in apps:
+        if app["state"] == "exited":
+            ctl.say(f"{app['vpc']}/{app['subnet']} {app['protocol']}/{app['port']}: {last_word(app)}")
+
+
+def app_state(ctl, vpc_name, app):
+    """What can be known of an app, as `ps --json` prints it: null is what cannot."""
+    import time
+    pid, path = pid_of(app), os.path.join(ctl.store.folder, app["log"])
+    said = written = None
+    try:
+        written = local_time(os.stat(path).st_mtime)
+        said = last_lines(path, 1)
+    except OSError:
+        pass                                      # there is none, or it is root's alone
+    return {"vpc": vpc_name, "subnet": app["subnet"], "port": app["port"], "protocol": app.get("protocol", "tcp"),
+            "program": program_text(app), "pid": pid or None, "state": "running" if pid else "exited",
+            "since": local_time(time.time() - age(pid)) if pid else None,
+            "listens": listen_addresses(app, pid) if pid else [], "log": {"written": written, "last": said}}
+
+
+def local_time(seconds):
+    """A time as ISO 8601 writes it, here."""
+    import time
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(seconds))
+
+
+def plain_time(moment):
+    """The same for people."""
+    return moment[:19].replace("T", " ")
+
+
+def age(pid):
+    """For how many seconds a process has been there."""
+    started = int(process_start(pid).rpartition("/")[2] or 0) / os.sysconf("SC_CLK_TCK")
+    return float(read_bytes("/proc/uptime").split()[0]) - started
+
+
+def listen_addresses(app, pid):
+    """On which addresses an app's port is open; None if we may not look."""
+    try:
+        if os.geteuid():
+            read_bytes(f"/proc/{pid}/net/tcp")
+            found = [one for one in listeners(pid) if one.port == app["port"]]
+        else:
+            found = listeners_on(app)
+    except OSError:
+        return None
+    return sorted({one.address for one in found})
+
+
+def state_text(app):
+    """Whether an app runs, for people."""
+    return f"{app['state']} since {plain_time(app['since'])}" if app["since"] else app["state"]
+
+
+def listens_text(app):
+    """Where an app listens, for people."""
+    where = app["listens"]
+    if where:
+        return ", ".join(where) + " only" * all(map(is_loopback, where))
+    if app["state"] == "exited":
+        return "-"
+    return "?" if where is None else "nothing"
+
+
+def last_word(app):
+    """Why an app has exited, as far as its log tells."""
+    written, said = app["log"]["written"], app["log"]["last"]
+    if written is None:
+        return "it has no log"
+    told = f"ends with: {said}" if said else {None: "is root's alone to read", "": "is empty"}[said]
+    return f"its log, last written {plain_time(written)}, {told}"
+
+
+def cut(text, width=40):
+    """A text that fits into a column."""
+    return text if len(text) <= width else text[:width - 1] + "…"
+
+
+@command("inspect", "inspect blog", VPC,
+         arg("subnet", nargs="?", type=name_type, metavar="SUBNET", help="only this one, in words", complete="subnet"),
+         arg("--json", action="store_true", help="a subnet's part of the record, as JSON too"))
 def inspect(ctl, args):
-    """print the record of a VPC, as JSON"""
+    """print the record of a VPC, as JSON, or what is to be known of one subnet"""
     if args.vpc in ctl.intents and args.vpc not in ctl.world:
         raise Problem("VPC %s is unfinished: a change was cut short" % args.vpc, "`vpcctl restore` finishes it")
     vpc = ctl.vpc(args.vpc)
+    if args.subnet:
+        part = subnet_part(vpc, ctl.subnet(vpc, args.subnet))
+        return ctl.show(json.dumps(part, indent=2)) if args.json else inspect_subnet(ctl, vpc, part)
     rules = ",\n    ".join(json.dumps(argv) for argv in vpc["host_iptables"])     # a line each, not a line a word
     ctl.show(json.dumps(dict(vpc, host_iptables="@"), indent=2).replace('"@"', "[\n    %s\n  ]" % rules, 1))
+
+
+def has_nat(vpc, name):
+    """Whether a subnet reaches the internet by NAT."""
+    nat = vpc.get("nat")
+    return bool(nat) and (nat.get("subnets") is None or name in nat["subnets"])
+
+
+def subnet_part(vpc, subnet):
+    """What a VPC's record says of one subnet."""
+    name, address = subnet["name"], subnet["host_ip"]
+    return {"vpc": vpc["name"], "subnet": subnet, "apps": [app for app in vpc["apps"] if app["subnet"] == name],
+            "published": [published for published in vpc["published"] if published["subnet"] == name],
+            "nat": vpc["nat"] if has_nat(vpc, name) else None,
+            "peers": [peer for peer in vpc["peers"] if any(ip_inside(address, block) for block in peer["allowed"])]}
+
+
+def inspect_subnet(ctl, vpc, part):
+    """Print what is to be known of one subnet: a line each, what it is about in front."""
+    subnet, nat = part["subnet"], part["nat"]
+    cable = f"its cable {subnet['veth']}-a to {subnet['veth']}-b on the bridge {vpc['bridge']}"
+    rows = [("subnet", f"{vpc['name']}/{subnet['name']}, {subnet['cidr']}"),
+            ("address", f"{subnet['host_ip']}, by way of the gateway {subnet['gw']}"),
+            ("namespace", f"{subnet['ns']}, {cable}{'; down: vpcctl restore' if is_down(vpc) else ''}")]
+    rows += [(direction, policy_text(subnet["policy"], direction)) for direction in ("ingress", "egress")]
+    rows += [("app", app_text(app_state(ctl, vpc["name"], app))) for app in part["apps"]]
+    rows += [("published", f"{port['protocol']}/{port['host_port']} of {port['interface']} leads to "
+              f"{port['protocol']}/{port['port']}") for port in part["published"]]
+    rows.append(("NAT", f"by {nat['interface']}" if nat else "none: the internet is out of reach"))
+    for peer in part["peers"]:
+        far = [block for block in peer["allowed"] if not ip_inside(block.split("/")[0], vpc["cidr"])]
+        rows.append(("peer", f"{peer['peer_vpc']}: {', '.join(far)}"))
+    for what, value in rows:
+        ctl.say(f"{what:<10} {value}")
+
+
+def app_text(app):
+    """An app on one line: what it runs, and how it goes."""
+    state = f"runs as PID {app['pid']}, listens on {listens_text(app)}" if app["pid"] else f"exited; {last_word(app)}"
+    return f"{app['protocol']}/{app['port']} {app['program']}: {state}"
+
+
+def policy_text(policy, direction):
+    """What a policy says of one direction, in words."""
+    rules = policy.get(direction) or []
+    action, why = policy_default(policy, direction)
+    fate = "dropped" if action == "deny" else "let through"
+    return "; ".join([rule_text(rule) for rule in rules] + [f"everything{' else' if rules else ''} is {fate} ({why})"])
 
 
 @command("verify", "verify", arg("--json", action="store_true", help="the findings as JSON"))
@@ -5112,16 +5803,11 @@ def look_for_drift(ctl):
     seen = observe(world)
     told = set()
     for name in sorted(world):
-        for fact, step in plan(world, {name}).items():
-            if fact in told or seen.holds(step):
-                continue
-            told.add(fact)
-            if fact in seen.foreign:
-                findings.append((name, "not ours", describe(step)))
-            elif not (fact[0] in ("inside", "policy") and fact[1] in seen.broken):
-                kind = "changed" if seen.holds(step, any_content=True) else "missing"
-                findings.append((name, kind, describe(step)))
-        findings += [(name, "missing", "app on port %d in subnet %s" % (app["port"], app["subnet"]))
+        steps = {fact: step for fact, step in plan(world, {name}).items() if fact not in told}
+        told.update(steps)
+        findings += [(name, change.because.kind, describe(change.make, change.because))
+                     for change in compare(steps, seen)]
+        findings += [(name, "missing", app_place(app))
                      for app in world[name]["apps"] if not is_alive(app)]
     findings += [("", "in no record", describe(step)) for step in orphans(ctl, seen)]
     owners = {subnet["ns"]: name for name, vpc in world.items() for subnet in vpc["subnets"]}
@@ -6115,7 +6801,7 @@ class Sight(Records):
         if flow.host and flow.host is not flow.source:
             keys += [(kind, flow.far["name"], flow.host["name"]) for kind in ("subnet", "policy")]
         found = []
-        for key in keys:
+        for key in dict.fromkeys(keys):
             function, arguments = self.steps.get(key, (tuple, ()))
             found += [(key[1], step)
                       for step in function(*arguments)
@@ -6323,11 +7009,12 @@ class Sight(Records):
         if self.root and is_namespace(subnet["ns"]):
             return in_namespace(subnet["ns"], listeners)
         for app in vpc["apps"]:
-            if app["subnet"] == subnet["name"] and self.runs(app):
+            pid = pid_of(app) if app["subnet"] == subnet["name"] else 0
+            if pid:
                 try:
-                    with open(f"/proc/{app['pid']}/net/dev") as table:
+                    with open(f"/proc/{pid}/net/dev") as table:
                         if subnet["veth"] + "-a:" in table.read():
-                            return listeners(app["pid"])
+                            return listeners(pid)
                 except OSError:
                     continue                      # it has just ended, or /proc is closed to others
         return None
@@ -6344,10 +7031,8 @@ class Sight(Records):
         return (socket_owner(listener.inode, subnet["ns"]) if self.root else "") or "a program"
 
     def runs(self, app):
-        """Whether deploy-app's program is there (without root its namespace cannot be compared)."""
-        if self.root:
-            return is_alive(app)
-        return app["pid"] > 1 and process_start(app["pid"]) == app["start"] != ""
+        """Whether deploy-app's program is there."""
+        return is_alive(app)
 
     def takes_ipv4(self, flow, listener):
         """Whether an IPv6 socket takes IPv4 too -> True, False, or None if it cannot be tried. It holds the port of
@@ -7113,12 +7798,16 @@ def trace_data(found):
          arg("--format", choices=("tree", "mermaid", "dot", "svg"), default="tree", help="tree (default), mermaid, dot, svg"),
          arg("-o", "--output", type=path_type, metavar="FILE", help="where to write it (default: standard output)", complete="file"))
 def graph(ctl, args):
-    """draw VPCs, subnets, apps, peers, NAT and published ports"""
+    """draw VPCs, subnets, apps, peers, NAT and published ports; what does not run is marked"""
     for name in args.vpcs:
         ctl.vpc(name)
     draw = {"tree": graph_tree, "mermaid": graph_mermaid, "dot": graph_dot, "svg": graph_svg}[args.format]
     more = {"ascii_only": "ok" in mark(True)} if args.format == "tree" else {}
-    text = draw(ctl.world, args.vpcs or sorted(ctl.world), **more)
+    names = args.vpcs or sorted(ctl.world)
+    world = ctl.copy()
+    for app in (app for name in names for app in world[name]["apps"]):
+        app["ended"] = not is_alive(app)
+    text = draw(world, names, **more)
     if not args.output:
         return ctl.show(text.rstrip("\n"))
     if ctl.dry_run:
@@ -7157,12 +7846,14 @@ def graph_parts(world, names):
 
 def subnet_notes(vpc, subnet):
     """What is to be said of a subnet beside its name and range: apps, published ports, NAT."""
-    name, nat = subnet["name"], vpc.get("nat")
-    notes = ["app %s/%d" % (app.get("protocol", "tcp"), app["port"]) for app in vpc.get("apps", []) if app["subnet"] == name]
+    name = subnet["name"]
+    notes = ["app %s/%d%s" % (app.get("protocol", "tcp"), app["port"], " (not running)" * app.get("ended", False))
+             for app in vpc.get("apps", [])
+             if app["subnet"] == name]
     notes += ["%s %s/%d -> %d" % (p.get("interface") or "any", p["protocol"], p["host_port"], p["port"])
               for p in vpc.get("published", []) if p["subnet"] == name]
-    if nat and (nat.get("subnets") is None or name in nat["subnets"]):
-        notes.append("NAT by %s" % nat["interface"])
+    if has_nat(vpc, name):
+        notes.append("NAT by %s" % vpc["nat"]["interface"])
     return notes
 
 
@@ -7278,7 +7969,8 @@ def svg_box(x, y, width, height, kind, lines):
 
 def svg_subnet(vpc, subnet):
     """The lines of a subnet's card."""
-    notes = [(note, "out" if note.startswith("NAT") else "app") for note in subnet_notes(vpc, subnet)]
+    notes = [(note, "out" if re.match(r"NAT|.*\(not running\)\Z", note) else "app")
+             for note in subnet_notes(vpc, subnet)]
     return [(subnet["name"], ""), (subnet["cidr"], "dim"), (subnet["host_ip"], "dim")] + notes
 
 
@@ -7871,7 +8563,8 @@ def manual(ctl, _args):
     for name, entry in COMMANDS.items():
         if entry["hidden"]:
             continue
-        lines += [".SS " + plain(synopsis(name)), plain((entry["handler"].__doc__ or "").strip()) + ".", ".PP", "Example:",
+        lines += [".SS " + plain(synopsis(name)), plain((entry["handler"].__doc__ or "").strip()) + ".",
+                  plain(entry["more"]) or ".br", ".PP", "Example:",
                   ".B vpcctl " + plain(shown(entry["example"]))]
         for flags, options in entry["arguments"]:
             words = [", ".join(flags) if flags[0].startswith("-") else "", options.get("metavar") or (
@@ -7979,8 +8672,9 @@ def synopsis(name):
     for flags, options in COMMANDS[name]["arguments"]:
         value = options.get("metavar") or "|".join(options.get("choices") or ())
         if not flags[0].startswith("-"):
-            program, many = value.startswith("-- "), options.get("nargs") == "*"
-            words.append((2 * program, "[%s%s]" % (value, "" if program else "…") if many else value))
+            program, many = value.startswith("-- "), options.get("nargs")
+            value += "…" * (many == "*" and not program)
+            words.append((2 * program, "[%s]" % value if many else value))
         else:
             text = flags[0] + (" " + value if value else "")
             words.append((1, text if options.get("required") else "[%s]" % text))
@@ -8011,7 +8705,8 @@ def build_parser(only=None):
         listed = {} if entry["hidden"] else {"help": text}
         own = commands.add_parser(name, allow_abbrev=False, description=text[:1].upper() + text[1:] + ".",
                                   usage="vpcctl " + synopsis(name).replace(name, name + " [OPTIONS]", 1),
-                                  epilog="Example:  vpcctl " + shown(entry["example"]), **listed)
+                                  epilog=(entry["more"] + "\n\nExample:  vpcctl " + shown(entry["example"])).strip(),
+                                  formatter_class=argparse.RawDescriptionHelpFormatter, **listed)
         own.example = shown(entry["example"])
         add_arguments(own, entry["arguments"])
         own.add_argument("--version", action="version", version="vpcctl " + VERSION)
@@ -8031,7 +8726,7 @@ def named_command(words):
 
 
 # What people are used to type elsewhere.
-HABITS = {"ls": "list", "ps": "list --long", "show": "inspect", "rm": "delete", "remove": "delete", "destroy": "delete",
+HABITS = {"ls": "list", "show": "inspect", "rm": "delete", "remove": "delete", "destroy": "delete",
           "down": "delete", "up": "apply", "status": "verify", "add": "add-subnet", "nat": "enable-nat",
           "policy": "apply-policy", "run": "deploy-app", "ssh": "shell", "ping": "test-connectivity",
           "version": "--version"}
@@ -8120,7 +8815,15 @@ def dispatch(ctl, entry, options):
         outcome += ", signal %d" % stop.args[0]
         raise
     finally:
-        ctl.store.log(shown(sys.argv[1:])[:500] if sys.argv[1:] else "", outcome[:500])
+        ctl.store.log(shown(typed())[:500] if typed() else "", outcome[:500])
+
+
+def typed():
+    """The words of the command line, as others may read them: without the values of variables."""
+    words, end = sys.argv[1:], (sys.argv[1:] + ["--"]).index("--")
+    return [re.sub(r"(?s)\A((?:--env=)?[^=]*=).*", r"\1…", word)
+            if number < end and (word.startswith("--env=") or words[number - 1:number] == ["--env"]) else word
+            for number, word in enumerate(words)]
 
 
 def need_root():

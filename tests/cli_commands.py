@@ -47,10 +47,14 @@ class CliTest(unittest.TestCase):
         make_vpc(world, "blog", "10.20.0.0/16", ("web", "10.20.1.0/24"), ("db", "10.20.2.0/24"))
         make_vpc(world, "shop", "10.30.0.0/16", ("api", "10.30.1.0/24"))
         os.mkdir(self.data, 0o755)
+        self.write(world)
+        return world
+
+    def write(self, world):
+        """Write records."""
         for vpc in world.values():
             with open(os.path.join(self.data, "vpc_%s.json" % vpc["name"]), "w") as handle:
                 json.dump(vpc, handle)
-        return world
 
     def cli(self, *words, code=0, input="", root=True):
         """Run a command line; returns its Answer. A process, or another exit code, fails the test."""
@@ -113,6 +117,45 @@ class CliTest(unittest.TestCase):
                 at += 1
             self.assertLess(at, len(lines), "not (or not in this order): %s\n%s" % (pattern, "\n".join(lines)))
             at += 1
+
+
+class WhyTest(CliTest):
+    """--why: each rule of a policy has a reason of its own."""
+
+    def reasons(self, policy):
+        """The reasons of the rules that a policy of subnet db of VPC blog leads to."""
+        path = os.path.join(self.top, "policy.json")
+        with open(path, "w") as handle:
+            json.dump(dict(policy, subnet="db"), handle)
+        lines = self.cli("--dry-run", "--why", "apply-policy", "blog", path, root=False).out.splitlines()
+        rules = [re.search(r" -A (\S+) .* --comment (\S+)   # (.*)", line) for line in lines]
+        return [found.groups() for found in rules if found]
+
+    def test_each_rule(self):
+        self.records()
+        found = self.reasons({"ingress": [{"port": 22, "protocol": "tcp", "action": "deny"},
+                                          {"port": 5432, "protocol": "tcp", "action": "allow", "from": "web"}],
+                              "egress": [{"port": 80, "protocol": "tcp", "action": "allow"}]})
+        for chain, comment, reason in (
+                ("INPUT", "policy-ingress-deny-22", "ingress rule 1, deny tcp/22"),
+                ("INPUT", "policy-ingress-allow-5432", "ingress rule 2, allow tcp/5432 from web"),
+                ("INPUT", "policy-ingress-replies-allow-80", "replies to egress rule 1, allow tcp/80"),
+                ("INPUT", "policy-ingress-replies", "no other replies"),
+                ("OUTPUT", "policy-egress-replies-deny-22", "no replies to ingress rule 1, deny tcp/22"),
+                ("OUTPUT", "policy-egress-replies", "replies to what was let in"),
+                ("OUTPUT", "policy-egress-allow-80", "egress rule 1, allow tcp/80"),
+                ("OUTPUT", "policy-egress-default-deny",
+                 "everything else out: dropped, since a list of only allows is an allow-list")):
+            self.assertIn((chain, comment, reason), found)
+        self.assertNotIn("policy-ingress-default-deny", [comment for _, comment, _ in found])
+        found = self.reasons({"ingress": [], "egress": [], "default": {"ingress": "deny"}})
+        self.assertIn(("INPUT", "policy-ingress-default-deny", "everything else in: dropped, since its default says so"), found)
+
+    def test_of_a_new_subnet(self):
+        self.records()
+        out = self.cli("--dry-run", "--why", "add-subnet", "blog", "new", "--cidr", "10.20.9.0/24", root=False).out
+        self.assertIn("   # ingress rule 3, deny tcp/22\n", out)
+        self.assertIn("   # replies to what was let out\n", out)
 
 
 class DryRunTest(CliTest):
@@ -277,6 +320,68 @@ class ReadTest(CliTest):
                          [("web", "ns-blog-web", "10.20.1.1", "10.20.1.2"), ("db", "ns-blog-db", "10.20.2.1", "10.20.2.2")])
         self.assertEqual(seen["apps"], [])
 
+    def test_inspect_a_subnet(self):
+        world = self.records()
+        web = world["blog"]["subnets"][0]
+        web["policy"] = {"ingress": [{"port": 80, "protocol": "tcp", "action": "allow", "from": "db"}], "egress": []}
+        world["blog"]["apps"].append(dict(tool.new_app(world["blog"], web, 80, ["x\033[1m"]), pid=0))
+        world["blog"].update(nat={"interface": "eth0", "subnets": ["db"], "dns": []}, forward={"was": "0", "kept_off": []},
+                             published=[{"subnet": "web", "host_port": 8080, "port": 80, "protocol": "tcp", "interface": "eth0"}])
+        for one, other, side in (("blog", "shop", "a"), ("shop", "blog", "b")):
+            world[one]["peers"].append({"peer_vpc": other, "veth_a": "pv-a", "veth_b": "pv-b", "chain": "vpc-peer-blog-shop",
+                                        "allowed": ["10.20.1.0/24", "10.30.0.0/16"], "side": side})
+        self.write(world)
+        rows = [line.split(None, 1) for line in self.cli("inspect", "blog", "web", root=False).out.splitlines()]
+        self.assertEqual([row for row in rows if row[0] not in ("namespace", "app")], [
+            ["subnet", "blog/web, 10.20.1.0/24"], ["address", "10.20.1.2, by way of the gateway 10.20.1.1"],
+            ["ingress", "allow tcp/80 from db; everything else is dropped (a list of only allows is an allow-list)"],
+            ["egress", "everything is let through (an empty list passes everything)"],
+            ["published", "tcp/8080 of eth0 leads to tcp/80"], ["NAT", "none: the internet is out of reach"],
+            ["peer", "shop: 10.30.0.0/16"]])
+        self.assertEqual(dict(rows)["app"], "tcp/80 'x\\x1b[1m': exited; it has no log")
+        self.assertTrue(dict(rows)["namespace"].endswith("; down: vpcctl restore"))
+        rows = [line.split(None, 1) for line in self.cli("inspect", "blog", "db", root=False).out.splitlines()]
+        self.assertEqual([row[0] for row in rows], ["subnet", "address", "namespace", "ingress", "egress", "NAT"])
+        self.assertEqual(dict(rows)["NAT"], "by eth0")
+        part = json.loads(self.cli("inspect", "blog", "web", "--json").out)
+        self.assertEqual((part["vpc"], part["subnet"], len(part["apps"]), part["nat"]), ("blog", web, 1, None))
+        self.assertEqual((part["published"], part["peers"]), (world["blog"]["published"], world["blog"]["peers"]))
+        self.refused("inspect", "blog", "wbe", text="no subnet named 'wbe'", hint="'web'")
+
+    def test_ps(self):
+        self.assertIn("Apps: none yet", self.cli("ps", root=False).out)
+        world = self.records()
+        self.assertEqual(json.loads(self.cli("ps", "--json").out), {"apps": []})
+        blog = world["blog"]
+        for number, program in ((8080, []), (81, ["sleep\033[1m", "1" * 50])):
+            blog["apps"].append(dict(tool.new_app(blog, blog["subnets"][0], number, program), pid=4242, start="b/1"))
+        self.write(world)
+        with open(os.path.join(self.data, blog["apps"][0]["log"]), "w") as handle:
+            handle.write("first\n\033]0;last\007\n\n")
+        lines = self.cli("ps", root=False).out.splitlines()
+        self.assertEqual(lines[0].split(), ["VPC", "SUBNET", "PORT", "PROGRAM", "PID", "STATE", "LISTENS", "ON"])
+        self.assertEqual(lines[1].split(), ["blog", "web", "tcp/8080", "(page)", "-", "exited", "-"])
+        self.assertIn("sleep\\x1b[1m", lines[2])
+        self.assertLess(len(lines[2]), 100)
+        self.assertRegex(lines[3], r"^blog/web tcp/8080: its log, last written .*, ends with: \\x1b\]0;last\\x07$")
+        self.assertEqual(lines[4:], ["blog/web tcp/81: it has no log"])
+        self.assertEqual(len(self.cli("ps", "shop").out.splitlines()), 1)
+        self.refused("ps", "blgo", text="no VPC named 'blgo'", hint="'blog'")
+        with open(os.path.join(self.data, "vpc_shop.json"), "w") as handle:
+            handle.write("{")
+        self.assertIn("record of VPC shop is unreadable", self.cli("ps").err)
+        self.assertIn(" 0 of 2 up ", self.cli("list", "--long").out)
+
+    def test_completion_of_subnets(self):
+        self.records()
+        self.assertEqual(self.cli("__complete", "inspect", "blog", "").out.splitlines()[:2], ["web", "db"])
+        self.assertEqual(self.cli("__complete", "ps", "").out.splitlines()[:2], ["blog", "shop"])
+
+    def test_how_an_app_runs(self):
+        for text in (self.cli("deploy-app", "--help").out, self.cli("man").out.replace("\\-", "-")):
+            for word in ("user of its own", "--env", "--workdir", "HOME=/", "foreground", "background"):
+                self.assertIn(word, text)
+
     def test_flag_check(self):
         self.assertEqual(self.cli("flag-check", root=False).out, "Parser check OK\n")
 
@@ -332,6 +437,24 @@ class RefusalTest(CliTest):
             self.refused("--dry-run", "test-connectivity", "blog", "web", "10.20.2.2", "--port", port, text="is not a port")
         self.dry("deploy-app blog web", "--port")
         self.dry("publish blog web --port 80:0", "is not a port")
+
+    def test_variables_and_folders(self):
+        """What is refused does not tell the value: it may be a secret."""
+        start = ("deploy-app", "blog", "web", "--port", "80")
+        for given in ("SECRET", "=SECRET", "1A=SECRET", "A-B=SECRET", "VPCCTL_APP=SECRET", "A=SECRET\ud800", "A=SECRET\0"):
+            with self.subTest(given):
+                answer = self.refused(*start, "--env", given, text="argument --env: ")
+                self.assertFalse("SECRET" in answer.err and "=" in given, str(answer))
+        for given in ("", "here", "./here", "~"):
+            self.refused(*start, "--workdir", given, text="argument --workdir: ")
+        answer = self.cli("--dry-run", *start, "--env", "A=SECRET", "--env=B=x", "--workdir", "/", "--", "true")
+        self.assertTrue(answer.out.endswith(" true &\n"))
+        self.assertNotIn("SECRET", answer.out)
+
+    def test_what_others_may_read_of_a_command_line(self):
+        typed = ["deploy-app", "--env", "A=one", "--env=B=two\nlines", "--port", "80", "--", "x", "--env", "C=three"]
+        with mock.patch.object(sys, "argv", ["vpcctl"] + typed):
+            self.assertEqual(tool.typed(), ["deploy-app", "--env", "A=…", "--env=B=…", "--port", "80", "--", "x", "--env", "C=three"])
 
     def test_interfaces(self):
         for name in ("-x", "a b", "x" * 16, "eth0;reboot", "../eth0"):

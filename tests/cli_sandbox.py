@@ -9,7 +9,7 @@ import sys
 import time
 import unittest
 
-from support import VPCCTL, run, vpcctl, wait_until
+from support import LONG, VPCCTL, run, vpcctl, wait_until
 
 
 def processes():
@@ -82,7 +82,7 @@ class OutsideTest(unittest.TestCase):
             everyone = processes()
             alive = [pid for pid in pids[1:] if pid in everyone and everyone[pid][1] not in "ZX"]
             return alive + [pid for pid in everyone if net_of(pid) in spaces]
-        wait_until(lambda: not left(), 5, "everything of the sandbox is gone")
+        wait_until(lambda: not left(), LONG, "everything of the sandbox is gone")
 
     def test_exit_code_and_streams(self):
         result = vpcctl("sandbox", "--", "sh", "-c", "cat; echo bad >&2; exit 7", input="good\n", code=7)

@@ -60,6 +60,10 @@ MISTAKES = (
     ("vpcs.0.subnets.1.apps", [{"port": True}], ".apps[0].port", "1 to 65535"),
     ("vpcs.0.subnets.1.apps", [{"port": 80, "cmd": "python3 x.py"}], ".apps[0].cmd", "python3"),
     ("vpcs.0.subnets.1.apps", [{"port": 80, "cmd": []}], ".apps[0].cmd", "python3"),
+    ("vpcs.0.subnets.1.apps", [{"port": 80, "env": ["A=1"]}], ".apps[0].env", '{"KEY": "VALUE"}'),
+    ("vpcs.0.subnets.1.apps", [{"port": 80, "env": {"A": 1}}], ".apps[0].env", "value of A is no text"),
+    ("vpcs.0.subnets.1.apps", [{"port": 80, "env": {"A=B": ""}}], ".apps[0].env", "no name for a variable"),
+    ("vpcs.0.subnets.1.apps", [{"port": 80, "workdir": "srv"}], ".apps[0].workdir", "from the top"),
     ("vpcs.0.subnets.1.apps", [{"port": 80}, {"port": 80}], "subnet db", "port 80 is given twice"),
     ("vpcs.0.subnets.1.policy", [], "vpcs[0].subnets[1].policy", "a policy is an object"),
     ("vpcs.0.subnets.1.policy", {"ingres": []}, "vpcs[0].subnets[1].policy", "unknown key 'ingres'"),
@@ -152,10 +156,22 @@ class TopologyTest(cli_commands.CliTest):
         self.records()
         before = self.tree()
         text = self.cli("export", root=False).out
-        self.assertEqual(self.cli("plan", "-", input=text, root=False).out, "Nothing to do\n")
+        # No such bridges are here: an ordinary user sees that, and not what only root can look at.
+        down = ["! repair vpc blog: missing: interface br-blog, and 23 more",
+                "! repair vpc shop: missing: interface br-shop, and 16 more"]
+        planned = self.cli("plan", "-", code=1, input=text, root=False).out.splitlines()
+        self.assertEqual(planned[:2], down)
+        self.assertRegex(planned[2], r"^\? without root, firewall rules.* cannot be seen$")
+        answer = json.loads(self.cli("plan", "-", "--json", code=1, input=text, root=False).out)
+        self.assertEqual(sorted(answer), ["changes", "ok", "repairs", "unseen"])
+        self.assertEqual((answer["ok"], answer["changes"], len(answer["unseen"])), (False, [], 1))
+        self.assertEqual(answer["repairs"][0], {"vpc": "blog", "what": "missing", "object": "interface br-blog, and 23 more"})
         changed = text.replace("10.20.2.0/24", "10.20.9.0/24")
-        self.assertEqual(self.cli("plan", "-", input=changed, code=1, root=False).out,
-                         "~ subnet blog/db: 10.20.2.0/24 -> 10.20.9.0/24\n")
+        lines = self.cli("plan", "-", input=changed, code=1, root=False).out.splitlines()
+        self.assertIn("-/+ subnet blog/db: 10.20.2.0/24 -> 10.20.9.0/24; ends open connections", lines)
+        answer = json.loads(self.cli("plan", "-", "--json", code=1, input=changed, root=False).out)
+        self.assertEqual(answer["changes"], [{"sign": "-/+", "what": "subnet blog/db", "ends": ["open connections"],
+                                              "text": "10.20.2.0/24 -> 10.20.9.0/24"}])
         self.assertEqual(self.tree(), before)
         self.refused("apply", self.file("t.json", text), code=4, root=False, text="root")
         self.refused("export", "blgo", text="blgo", hint="did you mean 'blog'", root=False)

@@ -424,12 +424,12 @@ class TerminalTest(CliTest):
         exported = self.cli("export", "blog").out
         self.assertEqual(json.loads(exported)["vpcs"][0]["subnets"][0]["apps"][0]["cmd"], [self.EVIL[:-2]])
         changed = exported.replace("8080", "8081")
-        for answer in (self.cli("plan", "-", code=1, input=changed), self.cli("--dry-run", "apply", "-", input=changed),
+        for answer in (self.cli("plan", "-", code=1, input=changed, root=False), self.cli("--dry-run", "apply", "-", input=changed),
                        self.cli("graph"), self.cli("--dry-run", "stop-app", "blog", "web"),
                        self.cli("--dry-run", "exec", "blog", "web", "--", self.EVIL),
                        self.cli("--dry-run", "deploy-app", "blog", "web", "--port", 99, "--", self.EVIL)):
             self.assertFalse(re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e\ud800-\udfff]", answer.out + answer.err), repr(answer.out))
-        self.assertIn("\\x1b[2J", self.cli("plan", "-", code=1, input=changed).out)
+        self.assertIn("\\x1b[2J", self.cli("plan", "-", code=1, input=changed, root=False).out)
 
     def test_logs(self):
         """On a terminal what a program wrote is spelled out; to a pipe it goes as it is."""

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -379,6 +380,346 @@ class LeavingTest(AppsTest):
         vpcctl("stop-app", "blog", "web")
         vpcctl("stop-app", "shop", "api")
         self.gone(state)
+
+
+# ---- in the background ----
+
+# Goes into the background by two forks, before or after it listens; arguments: port, address, "late" if after.
+DAEMON = r"""
+import os, socket, sys, time
+server = socket.socket()
+server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+def listen():
+    server.bind((sys.argv[2], int(sys.argv[1])))
+    server.listen(8)
+if "late" not in sys.argv:
+    listen()
+if os.fork():
+    os._exit(0)
+os.setsid()
+if os.fork():
+    os._exit(0)
+if "late" in sys.argv:
+    while os.getppid() != 1:
+        time.sleep(0.01)
+    listen()
+if not os.fork():
+    server.close()
+    time.sleep(7000)
+print("ready", flush=True)
+while True:
+    client = server.accept()[0]
+    client.sendall(b"%d" % os.getpid())
+    client.close()
+"""
+# The same, with another program in its place that has lost the environment.
+NAMELESS = DAEMON.replace("if not os.fork()", """if len(sys.argv) < 5:
+    server.set_inheritable(True)
+    code = "import os, socket, sys, time; server = socket.socket(fileno=%d)" % server.fileno()
+    os.execve(sys.executable, [sys.executable, "-c", code + chr(10) + LOOP], {})
+if not os.fork()""").replace("def listen", "LOOP = 'if not' + %r\ndef listen" % DAEMON.rpartition("if not")[2])
+# Passes its port on to a child and ends, when it is told to.
+HEIR = BASE.replace("def serve", """
+def leave():
+    if os.fork():
+        os._exit(0)
+    return os.getpid()
+def serve""") + "serve(lambda words: leave() if words == ['leave'] else os.getpid())"
+
+
+def said_by(ip, port):
+    """All that a server says to who connects."""
+    with socket_in(None) as sock:
+        sock.settimeout(LONG)
+        sock.connect((ip, port))
+        return sock.makefile().read()
+
+
+def states(vpc=None):
+    """What `ps --json` says: (subnet, port) -> app."""
+    found = json.loads(vpcctl("ps", "--json", *([vpc] if vpc else [])).out)["apps"]
+    return {(app["subnet"], app["port"]): app for app in found}
+
+
+class BackgroundTest(AppsTest):
+
+    def deploy_daemon(self, *more, program=DAEMON, port=80):
+        """Deploy it; who serves is who was written down."""
+        done = vpcctl("deploy-app", "blog", "web", "--port", port, "--", "python3", "-c", program, port, *more)
+        pid = [app["pid"] for app in record("blog")["apps"] if app["port"] == port][0]
+        self.assertIn("PID=%d\n" % pid, done.out)
+        return pid, done
+
+    def test_it_is_kept_as_any_other(self):
+        state = snapshot()
+        for program, more in ((DAEMON, ("0.0.0.0",)), (DAEMON, ("0.0.0.0", "late")), (NAMELESS, ("0.0.0.0",))):
+            with self.subTest(more, nameless=program == NAMELESS):
+                pid, _ = self.deploy_daemon(*more, program=program)
+                self.assertEqual(said_by("10.20.1.2", 80), str(pid))
+                self.assertEqual(states()["web", 80]["pid"], pid)
+                self.assertEqual(states()["web", 80]["listens"], ["0.0.0.0"])
+                self.assertEqual(vpcctl("logs", "blog", "web").out, "ready\n")
+                self.assertIn("is there already", vpcctl("deploy-app", "blog", "web", "--port", 80, "--", "python3",
+                                                         "-c", program, 80, *more).out)
+                vpcctl("verify")
+                os.kill(pid, 9)
+                wait_until(lambda: not load_vpcctl().process_start(pid), LONG, "it has ended")
+                self.assertEqual(states()["web", 80]["state"], "exited")
+                vpcctl("verify", code=1)
+                vpcctl("restore")
+                self.assertEqual(said_by("10.20.1.2", 80), str(record("blog")["apps"][0]["pid"]))
+                vpcctl("stop-app", "blog", "web")
+                self.assert_refused(None, "10.20.1.2", 80)
+                if program == DAEMON or MANY_USERS:
+                    self.assertEqual(snapshot()["processes"], state["processes"])
+
+    def test_a_shell_s_background(self):
+        state = snapshot()
+        line = "python3 -c '%s' 80 0.0.0.0 stay & python3 -m http.server 81 &" % DAEMON.replace("if os.fork():", "if 0:")
+        vpcctl("deploy-app", "blog", "web", "--port", 80, "--", "sh", "-c", line)
+        self.assertEqual(said_by("10.20.1.2", 80), str(record("blog")["apps"][0]["pid"]))
+        vpcctl("stop-app", "blog", "web")
+        self.assertEqual(snapshot()["processes"], state["processes"])
+
+    def test_elsewhere(self):
+        """It listens on another port: it is ended with its children, and the message says where it listened."""
+        state = snapshot()
+        failed = vpcctl("deploy-app", "blog", "web", "--port", 80, "--", "python3", "-c", DAEMON, 81, "0.0.0.0", code=3)
+        self.assertIn("does not listen on port 80: ready\n  it listens on 81 instead", failed.err)
+        self.assertEqual(snapshot()["processes"], state["processes"])
+        self.assert_refused(None, "10.20.1.2", 81)
+        failed = vpcctl("deploy-app", "blog", "web", "--port", 80, "--", "sh", "-c", "sleep 5000 &", code=3)
+        self.assertIn("went into the background", failed.err)
+        self.assertEqual(snapshot()["processes"], state["processes"])
+
+    def test_a_successor(self):
+        """A server that starts anew is the same app."""
+        pid = deploy("blog", "web", 80, HEIR)["pid"]
+        self.assertEqual(ask("10.20.1.2", 80, "who"), pid)
+        heir = ask("10.20.1.2", 80, "leave")
+        wait_until(lambda: not load_vpcctl().process_start(pid), LONG, "the first one has ended")
+        self.assertEqual(states()["web", 80]["pid"], heir)
+        vpcctl("verify")
+        vpcctl("restore")
+        self.assertEqual((ask("10.20.1.2", 80, "who"), record("blog")["apps"][0]["pid"]), (heir, heir))
+        vpcctl("stop-app", "blog", "web")
+        self.assert_refused(None, "10.20.1.2", 80)
+
+    def test_on_the_loopback_only(self):
+        for address, heard in (("0.0.0.0", True), ("10.20.1.2", True), ("127.0.0.1", False)):
+            with self.subTest(address):
+                _, done = self.deploy_daemon(address)
+                told = "listens on 127.0.0.1 only: no other subnet reaches it"
+                self.assertEqual(told in done.err, not heard, str(done))
+                self.assertEqual("127.0.0.1 only" in vpcctl("ps").out, not heard)
+                (self.assert_open if heard else self.assert_refused)(None, "10.20.1.2", 80)
+                if not heard:
+                    self.assert_open("ns-blog-web", "127.0.0.1", 80)
+                vpcctl("stop-app", "blog", "web")
+
+
+# ---- failures ----
+
+class FailureTest(AppsTest):
+
+    def test_a_failure_touches_no_other_app(self):
+        dead, pid = deploy("blog", "web", 81, THIEF), deploy("blog", "web", 82, THIEF)["pid"]
+        os.kill(dead["pid"], 9)
+        wait_until(lambda: not load_vpcctl().process_start(dead["pid"]), LONG, "it has ended")
+        before = record("blog")
+        failed = vpcctl("deploy-app", "blog", "web", "--port", 80, "--", "sh", "-c", "echo no luck; exit 1", code=3)
+        self.assertIn("no luck", failed.err)
+        self.assertEqual(record("blog"), before)
+        self.assert_refused(None, "10.20.1.2", 81)
+        self.assertEqual(ask("10.20.1.2", 82, "where")[0], pid)
+        topology = json.loads(vpcctl("export").out)                      # but what the change itself had ended comes back
+        apps = topology["vpcs"][0]["subnets"][0]["apps"]
+        apps[:] = [dict(apps[1], cmd=["false"])]
+        vpcctl("apply", self.file("failing.json", topology), code=3)
+        self.assert_refused(None, "10.20.1.2", 81)
+        self.assertNotEqual(ask("10.20.1.2", 82, "where")[0], pid)
+        self.assertEqual(record("blog")["apps"][1]["pid"], ask("10.20.1.2", 82, "where")[0])
+
+    def test_its_own_words(self):
+        script = self.file("script", "#!/bin/sh\n")
+        os.chmod(os.path.dirname(script), 0o755)
+        for mode_, held, said in ((0o755, True, "Text file busy"), (0o644, False, "Permission denied")):
+            os.chmod(script, mode_)
+            handle = os.open(script, os.O_WRONLY) if held else None
+            failed = vpcctl("deploy-app", "blog", "web", "--port", 80, "--", script, code=3)
+            self.assertRegex(failed.err, "does not listen on port 80: .*%s: %s\n" % (script, said))
+            if held:
+                os.close(handle)
+        failed = vpcctl("deploy-app", "blog", "web", "--port", 80, "--env", "A=b", "--", "nosuch", code=3)
+        self.assertIn("does not listen on port 80: nosuch: No such file or directory\n", failed.err)
+
+
+# ---- variables, a folder ----
+
+SHOWS = BASE + "serve(lambda words: [dict(os.environ), os.getcwd(), sys.stdin.read()])"
+SECRET = "it's a \"secret\"\nof two lines, $HOME \u00e4"
+
+
+class VariablesTest(AppsTest):
+
+    def deploy_it(self, *options, **more):
+        """Deploy a program that shows its environment -> it, the folder, its input."""
+        done = vpcctl("deploy-app", "blog", "web", "--port", 80, *(options + ("--", "python3", "-c", SHOWS, 80)), **more)
+        return (done.err or done.out) if more else ask("10.20.1.2", 80, "x")
+
+    def variables(self):
+        """Names of the files with variables."""
+        return [name for name in os.listdir(DATA()) if name.endswith(".env")]
+
+    def test_what_it_gets(self):
+        folder = os.path.dirname(self.file("x", ""))
+        os.chmod(folder, 0o755)
+        seen, where, text = self.deploy_it("--env", "SECRET=" + SECRET, "--env=PATH=/usr/bin:/bin:/x", "--env", "LD_X==",
+                                           "--workdir", folder)
+        self.assertEqual((seen["SECRET"], seen["PATH"], seen["LD_X"], seen["HOME"]), (SECRET, "/usr/bin:/bin:/x", "=", "/"))
+        self.assertEqual((where, text), (folder, ""))
+        name, = self.variables()
+        self.assertEqual(mode(DATA(name)), 0o600)
+        for other in set(os.listdir(DATA())) - {name}:
+            with open(DATA(other), encoding="utf-8") as handle:
+                self.assertFalse(re.search(r"two lines|\\u00e4", handle.read()), other)
+        with open("/proc/%d/cmdline" % record("blog")["apps"][0]["pid"], "rb") as handle:
+            self.assertNotIn(b"two lines", handle.read())
+        self.assertIn("SECRET", vpcctl("export").err)
+        self.assertNotIn("two lines", vpcctl("export").out)
+        os.kill(record("blog")["apps"][0]["pid"], 9)
+        vpcctl("restore")
+        self.assertEqual(ask("10.20.1.2", 80, "x")[0]["SECRET"], SECRET)
+        vpcctl("stop-app", "blog", "web")
+        self.assertEqual(self.variables(), [])
+        seen, where, _ = self.deploy_it()
+        self.assertNotIn("SECRET", seen)
+        self.assertEqual(where, "/run/vpcctl/blog/www/web-80")
+
+    def test_with_others(self):
+        self.deploy_it("--env", "A=1", "--env", "B=2")
+        self.assertIn("is there already", self.deploy_it("--env", "B=2", "--env", "A=1", code=0))
+        for options, told in ((("--env", "A=1"), "with other variables"), ((), "with other variables"),
+                              (("--env", "A=1", "--env", "B=3"), "with other variables"),
+                              (("--env", "A=1", "--env", "B=2", "--workdir", "/"), "in another folder")):
+            self.assertIn("a program %s is deployed there" % told, self.deploy_it(*options, code=2))
+        self.assertEqual(len(self.variables()), 1)
+
+    def test_failures_leave_the_old_ones(self):
+        self.deploy_it("--env", "A=1")
+        for command in (["false"], ["nosuch"]):
+            vpcctl("deploy-app", "blog", "web", "--port", 81, "--env", "A=2", "--", *command, code=3)
+        told = vpcctl("deploy-app", "blog", "web", "--port", 81, "--workdir", "/nonexistent", code=3).err
+        self.assertIn("there is no such folder", told)
+        topology = json.loads(vpcctl("export").out)
+        app, = topology["vpcs"][0]["subnets"][0]["apps"]
+        app["env"] = {"A": "2"}
+        topology["vpcs"][0]["subnets"][0]["apps"].append({"port": 81, "cmd": ["false"], "env": {"A": "3"}})
+        vpcctl("apply", self.file("failing.json", topology), code=3)
+        self.assertEqual(len(self.variables()), 1)
+        self.assertEqual(ask("10.20.1.2", 80, "x")[0]["A"], "1")
+        os.unlink(DATA(self.variables()[0]))
+        os.kill(record("blog")["apps"][0]["pid"], 9)
+        self.assertIn("are lost", vpcctl("restore", code=3).err)
+
+    def test_in_a_topology(self):
+        self.deploy_it("--env", "A=1")
+        topology = json.loads(vpcctl("export").out)
+        app, = topology["vpcs"][0]["subnets"][0]["apps"]
+        app["env"] = {"A": "1"}
+        path = self.file("topology.json", topology)
+        vpcctl("plan", path)
+        pid = record("blog")["apps"][0]["pid"]
+        vpcctl("apply", path)
+        self.assertEqual(record("blog")["apps"][0]["pid"], pid)
+        app["env"]["A"], app["workdir"] = "2", "/"
+        path = self.file("topology.json", topology)
+        self.assertRegex(vpcctl("plan", path, code=1).out, r"^~ app blog/web 80: .* with A -> .* in / with A\n")
+        vpcctl("apply", path)
+        vpcctl("plan", path)
+        app["env"]["A"] = "3"
+        path = self.file("topology.json", topology)
+        self.assertTrue(vpcctl("plan", path, code=1).out.endswith(" in / with A, other values\n"))
+        vpcctl("apply", path)
+        vpcctl("plan", path)
+        seen, where, _ = ask("10.20.1.2", 80, "x")
+        self.assertEqual((seen["A"], where, len(self.variables())), ("3", "/", 1))
+
+    def test_what_a_variable_names_is_nothing_to_root(self):
+        """`ip` would look in this folder for programs, and load this library."""
+        self.deploy_it("--env", "PATH=/nonexistent", "--env", "LD_PRELOAD=/nonexistent.so", code=3)
+        vpcctl("deploy-app", "blog", "web", "--port", 80, "--env", "PATH=/nonexistent", "--env", "LD_PRELOAD=/nonexistent.so",
+               "--", load_vpcctl().app_python(), "-c", SHOWS, 80)
+        self.assertEqual(ask("10.20.1.2", 80, "x")[0]["LD_PRELOAD"], "/nonexistent.so")
+
+
+# ---- what ps and the others say ----
+
+class StateTest(AppsTest):
+
+    def test_what_runs_and_what_does_not(self):
+        app = deploy("blog", "web", 80, THIEF)
+        vpcctl("deploy-app", "blog", "web", "--port", 81, "--", "sh", "-c", "python3 -m http.server 81; echo 'out of \033[1m luck'")
+        vpcctl("deploy-app", "shop", "api", "--port", 82)
+        self.assertEqual({key: (one["state"], one["listens"]) for key, one in states().items()}, {
+            ("web", 80): ("running", ["0.0.0.0"]), ("web", 81): ("running", ["0.0.0.0"]),
+            ("api", 82): ("running", ["0.0.0.0"])})
+        self.assertEqual(states("shop").keys(), {("api", 82)})
+        self.assertNotIn("not running", vpcctl("graph").out)
+        ended = [one["pid"] for one in record("blog")["apps"] if one["port"] == 81][0]
+        os.kill(ended, 15)
+        wait_until(lambda: "luck" in vpcctl("logs", "blog", "web", "--port", 81).out, LONG, "it has ended")
+        found = states()
+        self.assertEqual({key: (one["pid"], one["state"]) for key, one in found.items() if key[0] == "web"},
+                         {("web", 80): (app["pid"], "running"), ("web", 81): (None, "exited")})
+        self.assertEqual(found["web", 81]["log"]["last"], "out of \033[1m luck")
+        self.assertEqual((found["web", 81]["since"], found["web", 81]["listens"]), (None, []))
+        rows = vpcctl("ps", "blog").out.splitlines()
+        self.assertRegex(rows[1], r"^blog +web +tcp/80 .* %d +running since \d{4}-\S+ \S+  0\.0\.0\.0$" % app["pid"])
+        self.assertRegex(rows[2], r"^blog +web +tcp/81 .* -  +exited +-$")
+        self.assertRegex(rows[3], r"^blog/web tcp/81: its log, last written \d.*, ends with: out of \\x1b\[1m luck$")
+        self.assertIn(" 1 of 2 up ", vpcctl("list", "--long").out)
+        self.assertIn(" 1 of 1 up ", vpcctl("list", "--long").out)
+        self.assertEqual([(row["apps"], row["apps_up"]) for row in json.loads(vpcctl("list", "--json").out)], [(2, 1), (1, 1)])
+        for style in ("tree", "mermaid", "dot", "svg"):
+            text = vpcctl("graph", "--format", style).out
+            self.assertIn("app tcp/81 (not running)", text)
+            self.assertNotIn("app tcp/80 (not running)", text)
+        told = vpcctl("inspect", "blog", "web").out
+        self.assertRegex(told, r"\napp +tcp/80 python3 .*: runs as PID %d, listens on 0\.0\.0\.0\n" % app["pid"])
+        self.assertRegex(told, r"\napp +tcp/81 sh .*: exited; its log, .* luck\n")
+
+    @unittest.skipUnless(MANY_USERS, ONE_USER)
+    def test_to_an_ordinary_user(self):
+        app = deploy("blog", "web", 80, THIEF)
+        dead = deploy("blog", "web", 81, THIEF)
+        heir = deploy("shop", "api", 80, HEIR)
+        heir, old = ask("10.30.1.2", 80, "leave"), heir["pid"]
+        os.kill(dead["pid"], 9)
+        wait_until(lambda: not (load_vpcctl().process_start(dead["pid"]) or load_vpcctl().process_start(old)), LONG,
+                   "both have ended")
+        folder = tempfile.mkdtemp(prefix="vpcctl-")
+        self.addCleanup(shutil.rmtree, folder)
+        os.chmod(folder, 0o755)
+        shutil.copy(VPCCTL, folder)
+        as_nobody = lambda *words: run(as_user(NOBODY, load_vpcctl().app_python(), folder + "/vpcctl.py", *words))
+        found = {(one["vpc"], one["port"]): one for one in json.loads(as_nobody("ps", "--json").out)["apps"]}
+        self.assertEqual({key: (one["pid"], one["state"], one["listens"], one["log"]["last"]) for key, one in found.items()}, {
+            ("blog", 80): (app["pid"], "running", ["0.0.0.0"], None), ("blog", 81): (None, "exited", [], None),
+            ("shop", 80): (heir, "running", ["0.0.0.0"], None)})
+        self.assertIn("is root's alone to read", as_nobody("ps").out)
+        self.assertIn(" 1 of 2 up ", as_nobody("list", "--long").out)
+        self.assertIn("app tcp/81 (not running)", as_nobody("graph").out)
+
+    def test_a_vpc_that_is_down(self):
+        deploy("blog", "web", 80, THIEF)
+        run(["ip", "netns", "del", "ns-blog-web"])
+        run(["ip", "link", "del", "br-blog"])
+        self.assertEqual(states()["web", 80]["state"], "exited")
+        self.assertIn("down: vpcctl restore", vpcctl("inspect", "blog", "web").out)
+        self.assertIn(" 0 of 1 up ", vpcctl("list", "--long").out)
+        vpcctl("restore")
+        self.assertEqual(states()["web", 80]["state"], "running")
 
 
 class NamesOfProcessesTest(AppsTest):

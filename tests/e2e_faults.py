@@ -6,6 +6,7 @@ The sweep here takes a sample of the fault points; `make test-faults` takes them
 import fcntl
 import json
 import os
+import re
 import shutil
 import signal
 import stat
@@ -115,11 +116,45 @@ def tamper(fact):
     if kind in ("route", "lookup", "rule"):
         return "undo"
     if kind == "inside":
-        inside = {"up": "link set {3} down", "address": "addr del {4} dev {3}", "route": "route del {3}"}
+        inside = {"up": "link set {3} down", "address": "addr del {4} dev {3}", "route": "route del {3}",
+                  "neighbour": "neigh del {4} dev {3}"}
         if fact[2] == "sysctl":
             return [["ip", "netns", "exec", fact[1]] + set_switch(fact[3], 1 - int(fact[4] != "0"))]
         return [["ip", "-n", fact[1]] + inside[fact[2]].format(*fact).split()]
     raise AssertionError("tests/e2e_faults.py does not know how to take away %r" % (fact,))
+
+
+ALTERED = ("mac", "up", "sysctl", "port", "policy")       # tamper alters these; all others it takes away
+# What is altered (an argument list; S: a kernel switch), and how `verify` says it.
+PLANTED = (
+    (["S", "net.ipv4.conf.br-blog.rp_filter", 0], "changed: kernel switch net.ipv4.conf.br-blog.rp_filter is 0, not 1"),
+    ("ip link set br-blog address 02:00:00:00:00:09",
+     "changed: hardware address of interface br-blog is 02:00:00:00:00:09, not 02:76:0a:14:00:01"),
+    ("ip link set br-blog alias vpcctl:other", "changed: mark of interface br-blog is vpcctl:other, not vpcctl:blog"),
+    ("ip link set br-shop down", "changed: interface br-shop is down, not up"),
+    ("ip link set v-blog-web-b master br-shop", "changed: bridge of cable v-blog-web-b is br-shop, not br-blog"),
+    ("ip link set v-blog-db-b type bridge_slave isolated off", "changed: port v-blog-db-b: isolated is off, not on"),
+    ("ip link set v-blog-db-b type bridge_slave learning on flood on",
+     "changed: port v-blog-db-b: isolated is on with learning, flood, not on"),
+    ("ip route replace 10.20.0.0/16 dev br-shop table 7001 proto 118",
+     "changed: routing table 7001: the way to 10.20.0.0/16 is br-shop, not br-blog"),
+    ("ip neigh replace 10.20.1.2 lladdr 02:00:00:00:00:07 dev br-blog nud permanent",
+     "changed: interface br-blog: neighbour entry for 10.20.1.2 is 02:00:00:00:00:07, not 02:76:0a:14:01:02"),
+    ("iptables -I FORWARD 1 -s 110.1.1.0/24 -j ACCEPT",
+     'changed: FORWARD: our rule "-i br-blog -j vpc-blog" stands behind "-s 110.1.1.0/24 -j ACCEPT"'),
+    ("iptables -A vpc-blog -s 110.1.1.0/24 -j ACCEPT",
+     'changed: vpc-blog: our rule "-j DROP" stands before "-s 110.1.1.0/24 -j ACCEPT"'),
+    ("ip netns exec ns-blog-web iptables -D INPUT 3", "changed: namespace ns-blog-web: policy rules lacks policy-ingress-"),
+    ("ip -n ns-blog-web route replace default via 10.20.1.9",
+     "changed: namespace ns-blog-web: routing table main: the way to default is 10.20.1.9, not 10.20.1.1"),
+    ("ip -n ns-blog-web link set v-blog-web-a down", "changed: namespace ns-blog-web: interface v-blog-web-a is down, not up"),
+    ("chmod o+w /etc/netns/ns-blog-web", "changed: folder /etc/netns/ns-blog-web can be written by others"),
+    ("cp /dev/null /run/vpcctl/blog/hosts", "changed: file /run/vpcctl/blog/hosts has another content"),
+    ("ln -sf /run/vpcctl/shop/hosts /etc/netns/ns-blog-web/hosts",
+     "changed: link /etc/netns/ns-blog-web/hosts leads to /run/vpcctl/shop/hosts, not /run/vpcctl/blog/hosts"),
+    ("ip -n ns-blog-web neigh replace 10.20.1.1 lladdr 02:00:00:00:00:07 dev v-blog-web-a nud permanent",
+     "changed: namespace ns-blog-web: interface v-blog-web-a: neighbour entry for 10.20.1.1 is 02:00:00:00:00:07, not "
+     "02:76:0a:14:00:01"))
 
 
 def owned_steps():
@@ -148,10 +183,49 @@ class DriftTest(FaultTest):
                     self.assertEqual(run(list(argv)).code, 0, argv)
                 found = self.obey("verify", code=1)
                 if fact[0] != "chain":
-                    self.assertIn(module.describe(step), found.out, str(found))
+                    thing = module.describe(step) if fact[0] in ("rule", "lookup") else module.named(fact)
+                    word = "changed" if kind in ALTERED else "missing"
+                    self.assertRegex(found.out, f"{word}: {re.escape(thing)}", str(found))
                 self.obey("restore", "verify")
                 assert_same(whole, state(), "restored, but")
         tried(type(self).__name__, count)
+
+    def test_what_was_found_is_said_everywhere(self):
+        """verify, plan, and restore and apply with --why say the same of each: what there is in place of what was wanted."""
+        self.obey(*TWO + SHOP + [NAT, APP])
+        path, whole = self.file("as-it-is.json", self.obey("export").out), state()
+        for number, (command, text) in enumerate(PLANTED):
+            with self.subTest(text):
+                argv = set_switch(*command[1:]) if command[0] == "S" else command.split()
+                self.assertEqual(run(argv).code, 0, argv)
+                self.assertIn(text, self.obey("verify", code=1).out)
+                self.assertIn(f"! repair vpc {'shop' if 'br-shop is' in text else 'blog'}: {text}",
+                              self.obey(["plan", path], code=1).out)
+                # restore first takes away what is in no record: a route elsewhere, and then ours is missing.
+                apply = number % 2 or "routing table 7001" in text
+                repaired = self.obey(["--why", "apply", path] if apply else "restore --why").out
+                found = re.search(r"(is \S+, not|is on with|lacks|stands|has another|can be|leads to) .*", text).group()
+                self.assertRegex(repaired, f"# changed \\({re.escape(found)}", repaired)
+                for words in (["iptables", "-D", "FORWARD"], ["iptables", "-D", "vpc-blog"]):
+                    run(words + ["-s", "110.1.1.0/24", "-j", "ACCEPT"])
+                self.assertEqual(self.obey(["plan", path]).out, "Nothing to do\n")
+                self.obey("verify")
+                assert_same(whole, state(), "restored, but")
+
+    def test_the_first_connection_after_a_restore_works(self):
+        """Also where a program asked for its gateway while the bridge (or the cable) was down."""
+        self.obey(*TWO + [APP])
+        ask_slowly = load_vpcctl().sysctl_path("net.ipv4.neigh.v-blog-db-a.retrans_time_ms")
+        self.assertEqual(in_ns("ns-blog-db", ["sh", "-c", f"echo 60000 >{ask_slowly}"]).code, 0)
+        self.assert_open("ns-blog-db", "10.20.1.2", 80)
+        for words in ("link set br-blog down", "link set v-blog-db-b down", "link del br-blog",
+                      "-n ns-blog-db link set v-blog-db-a down"):
+            with self.subTest(words):
+                run(["ip"] + words.split())
+                run(["ip", "-n", "ns-blog-db", "neigh", "flush", "all"])
+                self.assert_dropped("ns-blog-db", "10.20.1.2", 80)
+                self.obey("restore", "verify")
+                self.assert_open("ns-blog-db", "10.20.1.2", 80)
 
     def test_a_flushed_firewall(self):
         self.obey(*TWO + [NAT])

@@ -104,7 +104,8 @@ class HostileCardTest(Hostile):
 class HostileRulesTest(Hostile):
 
     def test_names_and_comments_with_odd_characters(self):
-        inside("iptables", "-I", "INPUT", "-m", "comment", "--comment", "one\n-A INPUT \"two'\\\x1c\u2028", "-j", "ACCEPT")
+        inside("iptables", "-I", "INPUT", "-m", "comment", "--comment", "one\n-A INPUT \"two'\\\x1c\u2028", "-s", "10.77.0.1", "-j",
+               "DROP")
         inside("iptables", "-A", "INPUT", "-i", "a'b", "-m", "comment", "--comment", "policy-a b", "-j", "ACCEPT")
         inside("iptables", "-A", "OUTPUT", "-o", b"a\xff\xc2\x85", "-j", "ACCEPT")
         inside("iptables", "-N", b"chain\xff\xc2\x85")

@@ -32,8 +32,9 @@ def sessions(text):
 
 def steady(line):
     """A line without the numbers that differ from run to run."""
-    line = re.sub(r"\d+\.\d{3} ms", "0.000 ms", line.rstrip())
-    return re.sub(r"PID=\d+|kill \d+|process \d+", "PID", line)
+    line = re.sub(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d", "TIME", line.rstrip())
+    line = re.sub(r"\d+\.\d{3} ms", "0.000 ms", line)
+    return re.sub(r"PID=\d+|kill \d+|process \d+|PID +(?=STATE)|\d+ +(?=running since)", "PID", line)
 
 
 def pattern(lines):

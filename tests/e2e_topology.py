@@ -1,5 +1,6 @@
 """apply, plan and export, end to end: what a file says is there, and a second look finds nothing to do."""
 
+import fcntl
 import json
 import os
 import re
@@ -7,8 +8,9 @@ import shutil
 import tempfile
 import unittest
 
+from injection import load_vpcctl
 from support import (HERE, INTERNET, LONG, SandboxTest, assert_same, http_get, in_ns, internet_pid, record, run,
-                     snapshot, subnet, udp_answers, vpcctl, wait_until)
+                     snapshot, subnet, udp_answers, VPCCTL, vpcctl, wait_until)
 
 DATA = os.path.join(HERE, "data")
 NOTHING = "Nothing to do\n"
@@ -163,11 +165,11 @@ CHANGES = (
     _change(lambda t: vpc_of(t, "a")["subnets"].append({"name": "cache", "cidr": "10.20.3.0/24"}),
             "+ subnet a/cache 10.20.3.0/24"),
     _change(lambda t: None, "- subnet a/cache"),
-    _change(_set("a", "db", cidr="10.20.5.0/24"), "~ subnet a/db: 10.20.2.0/24 -> 10.20.5.0/24"),
-    _change(_set("a", "web", gw="10.20.1.9"), "~ subnet a/web: 10.20.1.0/24 -> 10.20.1.0/24 gw 10.20.1.9",
-            "~ subnet a/db: 10.20.5.0/24 -> 10.20.2.0/24"),
+    _change(_set("a", "db", cidr="10.20.5.0/24"), "-/+ subnet a/db: 10.20.2.0/24 -> 10.20.5.0/24; ends open connections"),
+    _change(_set("a", "web", gw="10.20.1.9"), "-/+ subnet a/web: 10.20.1.0/24 -> 10.20.1.0/24 gw 10.20.1.9; ends open connections",
+            "-/+ subnet a/db: 10.20.5.0/24 -> 10.20.2.0/24; ends open connections"),
     _change(_set("a", "db", policy={"ingress": [{"port": 5432, "protocol": "tcp", "action": "allow"}]}),
-            "~ subnet a/web: 10.20.1.0/24 gw 10.20.1.9 -> 10.20.1.0/24",
+            "-/+ subnet a/web: 10.20.1.0/24 gw 10.20.1.9 -> 10.20.1.0/24; ends open connections",
             "~ policy a/db: ingress tcp/80, tcp/443, deny tcp/22 -> tcp/5432"),
     _change(_set("a", "db", policy={"ingress": [{"port": 6000, "protocol": "tcp", "action": "allow"}],
                                     "egress": [{"protocol": "udp", "action": "deny", "to": "web"}],
@@ -180,23 +182,25 @@ CHANGES = (
     _change(_set("a", nat={"interface": "eth0", "subnets": ["web"]}), "~ nat a: eth0 -> eth0 for web"),
     _change(_set("a", "web", apps=[{"port": 81}]), "- nat a", "+ app a/web 81 (page)"),
     _change(_set("a", "web", apps=[{"port": 81, "cmd": SLEEPER}]),
-            "~ app a/web 81: (page) -> python3 -m http.server 81"),
+            "-/+ app a/web 81: (page) -> python3 -m http.server 81; ends the program that runs"),
     _change(_set("a", "web", publish=[{"host_port": 8081, "port": 81}]), "- app a/web 81",
             "+ published a/web 8081 tcp/81 by eth0"),
     _change(_set("a", "web", publish=[{"host_port": 8081, "port": 82}]),
-            "~ published a/web 8081: tcp/81 by eth0 -> tcp/82 by eth0"),
+            "-/+ published a/web 8081: tcp/81 by eth0 -> tcp/82 by eth0; ends open connections through it"),
     _change(_set("a", "web", publish=[{"host_port": 8081, "port": 82, "protocol": "udp"}]),
             "- published a/web 8081", "+ published a/web 8081 udp/82 by eth0"),
     _change(lambda t: t.update(peers=[]), "- published a/web 8081", "- peer a b"),
     _change(lambda t: t.update(peers=[{"vpcs": ["b", "a"], "allow": ["10.20.0.0/16", "10.30.1.0/24"]}]),
             "+ peer b a 10.20.0.0/16,10.30.1.0/24"),
     _change(lambda t: t["peers"][0]["allow"].append("10.20.2.0/24"),
-            "~ peer b a: 10.20.0.0/16,10.30.1.0/24 -> 10.20.1.0/24,10.30.1.0/24,10.20.2.0/24"),
-    _change(lambda t: None, "~ peer a b: 10.20.1.0/24,10.30.1.0/24,10.20.2.0/24 -> 10.20.1.0/24,10.30.1.0/24"),
+            "-/+ peer b a: 10.20.0.0/16,10.30.1.0/24 -> 10.20.1.0/24,10.30.1.0/24,10.20.2.0/24; "
+            "ends open connections between the two"),
+    _change(lambda t: None, "-/+ peer a b: 10.20.1.0/24,10.30.1.0/24,10.20.2.0/24 -> 10.20.1.0/24,10.30.1.0/24; "
+            "ends open connections between the two"),
     _change(_set("c", cidr="10.41.0.0/16", subnets=[{"name": "x", "cidr": "10.41.1.0/24"}]),
-            "~ vpc c: 10.40.0.0/16 -> 10.41.0.0/16", "+ subnet c/x 10.41.1.0/24"),
+            "-/+ vpc c: 10.40.0.0/16 -> 10.41.0.0/16; ends open connections", "+ subnet c/x 10.41.1.0/24"),
     _change(lambda t: t["vpcs"].append({"name": "d", "cidr": "10.50.0.0/16"}),
-            "~ vpc c: 10.41.0.0/16 -> 10.40.0.0/16", "+ vpc d 10.50.0.0/16"),
+            "-/+ vpc c: 10.41.0.0/16 -> 10.40.0.0/16; ends subnet x, open connections", "+ vpc d 10.50.0.0/16"),
     _change(lambda t: None, "- vpc d 10.50.0.0/16"),
 )
 
@@ -223,7 +227,7 @@ class ChangesTest(SandboxTest):
         text = json.dumps(_base()).replace("10.30.", "172.16.")
         path = self.file("two.json", text)
         planned = vpcctl("plan", path, code=1).out
-        self.assertIn("~ vpc b: 10.30.0.0/16 -> 172.16.0.0/16\n", planned)
+        self.assertIn("-/+ vpc b: 10.30.0.0/16 -> 172.16.0.0/16; ends subnet api, peering with a, open connections\n", planned)
         vpcctl("apply", path)
         self.assertEqual(subnet("b", "api")["host_ip"], "172.16.1.2")
         self.assertEqual([record("b")[key] for key in ("bridge", "chain", "chain_in")], ["br-b", "vpc-b", "vpc-in-b"])
@@ -388,12 +392,101 @@ class AgainTest(SandboxTest):
         wait_until(lambda: not os.path.exists("/proc/%d" % pid) or open("/proc/%d/stat" % pid).read().split()[2] == "Z",
                    LONG, "the app ends")
         vpcctl("verify", code=1)
-        self.assertEqual(vpcctl("plan", path).out, NOTHING)              # the records are as the file says
+        planned = vpcctl("plan", path, code=1).out
+        for line in ("a: missing: app on port 80 in subnet web", "b: missing: interface br-b, and ",
+                     'a: missing: firewall rule: iptables -I FORWARD 1 -i br-a -j vpc-a\n',
+                     "a: missing: namespace ns-a-db: policy rules\n"):
+            self.assertIn("! repair vpc " + line, planned)
         self.assertIn("put right", vpcctl("apply", path).out)
         vpcctl("verify")
         assert_same(lasting(state), lasting(snapshot()))
         self.assertIn("a / web", http_get("ns-b-api", "10.20.1.2"))
         self.assert_ping("ns-a-db", INTERNET)
+
+    def drift(self):
+        """Damage of each sort, in both VPCs of the base topology."""
+        app = record("a")["apps"][0]["pid"]
+        os.kill(app, 9)
+        for argv in (["ip", "link", "set", "br-a", "down"], ["iptables", "-F", "vpc-a"], ["ip", "link", "del", "v-b-api-b"],
+                     ["sh", "-c", "echo 0 >/proc/sys/net/ipv4/conf/br-b/rp_filter"],
+                     ["ip", "netns", "exec", "ns-a-db", "iptables", "-F", "INPUT"]):
+            self.assertEqual(run(argv).code, 0, argv)
+        wait_until(lambda: not os.path.exists("/proc/%d" % app) or open("/proc/%d/stat" % app).read().split()[2] == "Z",
+                   LONG, "the app ends")
+
+    def test_a_change_repairs_as_well(self):
+        """plan, apply, plan: 1, 0, 0, with a change and damage that has nothing to do with it; nothing is left."""
+        topology = _base()
+        subnet_of(topology, "a", "web")["apps"] = [{"port": 80}]
+        vpcctl("apply", self.file("base.json", topology))
+        vpcctl("create", "other", "--cidr", "10.90.0.0/16")
+        run(["ip", "link", "set", "br-other", "down"])                   # the file does not name it
+        self.drift()
+        vpc_of(topology, "a")["subnets"].append({"name": "cache", "cidr": "10.20.3.0/24"})
+        path = self.file("next.json", topology)
+        before = snapshot()
+        with open(os.path.join(os.environ["VPCCTL_DATA"], "lock"), "a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)                             # plan waits for nobody
+            planned = vpcctl("plan", path, code=1).out
+            answer = json.loads(vpcctl("plan", path, "--json", code=1).out)
+        assert_same(before, snapshot())
+        self.assertIn("+ subnet a/cache 10.20.3.0/24\n", planned)
+        for line in ("a: changed: interface br-a is down, not up", "a: missing: app on port 80 in subnet web",
+                     "a: missing: firewall rule: iptables -A vpc-a -j DROP", "b: missing: interface v-b-api-b, and ",
+                     "b: changed: kernel switch net.ipv4.conf.br-b.rp_filter is 0, not 1",
+                     "a: changed: namespace ns-a-db: policy rules lacks policy-ingress-loopback"):
+            self.assertIn("! repair vpc " + line, planned)
+        self.assertNotIn("other", planned)
+        self.assertEqual([(change["sign"], change["what"]) for change in answer["changes"]], [("+", "subnet a/cache")])
+        self.assertEqual(len(answer["repairs"]), planned.count("! repair "))
+        self.assertEqual((answer["ok"], answer["unseen"]), (False, []))
+        self.assertIn("1 change; put right what was missing\n", vpcctl("apply", path).out)
+        self.assertEqual(vpcctl("plan", path).out, NOTHING)
+        self.assertEqual(json.loads(vpcctl("plan", path, "--json").out),
+                         {"ok": True, "changes": [], "repairs": [], "unseen": []})
+        self.assertIn("a / web", http_get("ns-a-cache", "10.20.1.2"))
+        self.assert_ping("ns-b-api", "10.20.1.2")
+        self.assertIn("other: changed: interface br-other is down", vpcctl("verify", code=1).out)
+        vpcctl("restore")
+
+    def test_what_goes_is_not_repaired_first(self):
+        topology = _base()
+        subnet_of(topology, "a", "web")["apps"] = [FAILING]
+        subnet_of(topology, "a", "db")["apps"] = [{"port": 5432}]
+        path = self.file("base.json", dict(topology, vpcs=_base()["vpcs"]))
+        vpcctl("apply", path)
+        vpcctl("deploy-app", "a", "db", "--port", "5432")
+        self.drift()
+        planned = vpcctl("plan", path, code=1).out
+        self.assertIn("- app a/db 5432\n", planned)
+        self.assertNotIn("app on port", planned)
+        self.assertNotIn("http.server", vpcctl("apply", path).out)
+        self.assertEqual(vpcctl("plan", path).out, NOTHING)
+
+    @unittest.skipUnless(load_vpcctl().app_users(), "one user only: nobody here is not root")
+    def test_an_ordinary_user_sees_some_of_it(self):
+        """Without root: what can be seen is told, and what cannot be is named."""
+        topology = _base()
+        subnet_of(topology, "a", "web")["apps"] = [{"port": 80}]
+        path = self.file("base.json", topology)
+        os.chmod(os.path.dirname(path), 0o755)
+        vpcctl("apply", path)
+        nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", VPCCTL]
+        plan = lambda: run(nobody + ["plan", path])
+        if plan().code == 2:
+            self.skipTest("nobody may not read the records here")
+        self.assertRegex(plan().out, r"\A\? without root, .* cannot be seen\nNothing to do\n\Z")
+        self.drift()
+        self.assertEqual(plan().code, 1)
+        lines = [line for line in plan().out.splitlines() if line[0] == "!"]
+        self.assertEqual(sorted(lines), [
+            "! repair vpc a: changed: interface br-a is down, not up", "! repair vpc a: missing: app on port 80 in subnet web",
+            "! repair vpc b: changed: kernel switch net.ipv4.conf.br-b.rp_filter is 0, not 1",
+            "! repair vpc b: missing: interface v-b-api-b, and 2 more"])
+        run(["ip", "link", "del", "br-b"])
+        self.assertIn("! repair vpc b: missing: interface br-b, and ", plan().out)
+        vpcctl("restore")
+        self.assertEqual(plan().code, 0)
 
     def test_dry_run_of_a_change(self):
         vpcctl("apply", self.file("base.json", _base()))

@@ -1,5 +1,6 @@
 """Plans, names, addresses, policies and records as text: no root, no process, milliseconds."""
 
+import ast
 import glob
 import io
 import itertools
@@ -56,8 +57,8 @@ def as_text(text):
 def made(steps):
     """The commands that make steps, in the order in which they run."""
     out = io.StringIO()
-    pairs = [(None, step) for step in sorted(steps, key=lambda step: step.phase)]
-    tool.Executor(dry_run=True, out=out).make(pairs, [])
+    changes = tool.in_order([tool.Change(None, step, None) for step in steps])
+    tool.Executor(dry_run=True, out=out).make(changes, [])
     return as_text(out.getvalue())
 
 
@@ -157,7 +158,9 @@ class PlanTest(TextTest):
         for fact, step in steps.items():
             self.assertEqual(fact, step.fact)
             self.assertTrue(step.why, step.do)
-            self.assertLess(len(step.why.split()), 16, step.why)
+            self.assertEqual(len(step.whys), len(step.do))
+            for why in (step.why,) + step.whys:
+                self.assertLess(len(why.split()), 16, why)
             self.assertTrue(tool.describe(step))
             for argv in step.do + step.undo:
                 self.assertTrue(argv and all(isinstance(word, str) for word in argv), argv)
@@ -618,7 +621,7 @@ class PeeredDifferenceTest(TextTest):
             new["b"]["peers"].append(dict(entry, peer_vpc="a", side="b"))
             for old_world, new_world in ((world, new), (new, world)):
                 removes, makes = tool.difference(old_world, new_world)
-                touched = {step.fact[0] for step in removes + [step for _, step in makes]}
+                touched = {step.fact[0] for step in removes + [change.make for change in makes]}
                 self.assertFalse(touched & {"ns", "policy", "inside", "fdb", "neighbour"}, touched)
                 self.assertTrue(removes + makes)
 
@@ -637,8 +640,8 @@ class DifferenceTest(TextTest):
 
     def texts(self, old, new):
         removes, makes = tool.difference(old, new)
-        return unmade(removes), made([step for before, step in makes if before is None]), [
-            step for before, step in makes if before is not None]
+        return unmade(removes), made([change.make for change in makes if not change.undo]), [
+            change.make for change in makes if change.undo]
 
     def test_nothing(self):
         world = blog()
@@ -984,6 +987,16 @@ class FlagCheckTest(TextTest):
         tool.COMMANDS["create"]["example"] = ["create"]
         self.assertEqual(tool.COMMANDS["flag-check"]["handler"](ctl, None), 1)
         self.assertIn("FAULT: ", out.getvalue())
+
+
+class OnceTest(unittest.TestCase):
+
+    def test_each_name_is_given_once(self):
+        """A second function of a name would silently stand in for the first."""
+        with open(VPCCTL, encoding="utf-8") as source:
+            names = [node.name for node in ast.parse(source.read()).body if hasattr(node, "name")
+                     and not (isinstance(node, ast.ClassDef) and node.bases and isinstance(node.bases[0], ast.Call))]
+        self.assertEqual(sorted(name for name in set(names) if names.count(name) > 1), [])
 
 
 class FloorTest(unittest.TestCase):

@@ -171,6 +171,14 @@ class Text(unittest.TestCase):
         self.assertEqual(vpcctl.graph_tree({}, []), "no VPC yet\n")
         self.assertIn("└─ no subnet yet\n", vpcctl.graph_tree({"a": make_vpc("a", 50, [])}, ["a"]))
 
+    def test_what_does_not_run(self):
+        world = three_vpcs()
+        world["blog"]["apps"][0]["ended"] = True
+        for style in ("tree", "mermaid", "dot", "svg"):
+            text = getattr(vpcctl, "graph_" + style)(world, sorted(world))
+            self.assertIn("app tcp/8080 (not running)", text)
+            self.assertNotIn("app tcp/9000 (not running)", text)
+
     def test_a_peering_is_seen_from_each_side(self):
         tree = vpcctl.graph_tree(three_vpcs(), ["blog", "shop"])
         self.assertIn("peer shop: 10.20.1.0/24 <-> 10.30.2.0/24", tree)

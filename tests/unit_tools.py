@@ -40,7 +40,7 @@ def seen(answers, flags, here="lookout"):
     with mock.patch.object(tool, "call", call), mock.patch.object(tool, "port_flags", lambda: flags), \
             mock.patch.object(tool, "is_namespace", lambda name: True):
         if here == "inside":
-            with mock.patch.object(tool, "saved_rules", str):
+            with mock.patch.object(tool, "saved_rules", str), mock.patch.object(tool, "rtnetlink", lambda *_: []):
                 found.facts.update(tool.look_inside(SPACE)[0])
         else:
             tool.see_links(found, set())
@@ -245,6 +245,25 @@ class BatchTest(unittest.TestCase):
         self.assertIsNone(tool.by_netlink(argv, "RTNETLINK answers: Operation not supported"))
         argv = argv[:-2] + ("isolated", "on")
         self.assertIsNone(tool.by_netlink(argv, 'bridge_slave: unknown option "isolated"?'))
+
+
+class GoneTest(unittest.TestCase):
+    """Whether what was to be removed is gone, where iptables-restore (before 1.8.8) does not say what failed."""
+
+    SAVED = "*filter\n:INPUT ACCEPT [0:0]\n:vpc-a - [0:0]\n-A INPUT -i br-a -j vpc-a\nCOMMIT\n*raw\nCOMMIT\n"
+
+    def test_it_is_looked_at(self):
+        for words, gone in (("-D INPUT -i br-a -j vpc-a", False), ("-D INPUT -j vpc-a -i br-a", False),
+                            ("-D INPUT -i br-b -j vpc-a", True), ("-t raw -D INPUT -i br-a -j vpc-a", True),
+                            ("-F INPUT", False), ("-F vpc-a", True), ("-X vpc-a", False), ("-X vpc-b", True),
+                            ("-A INPUT -j vpc-b", False)):
+            with mock.patch.object(tool, "saved_rules", return_value=self.SAVED):
+                said = tool.is_gone(("iptables",) + tuple(words.split()), "iptables-restore: line 3 failed")
+            self.assertEqual(said, gone, words)
+
+    def test_other_tools_say_it(self):
+        self.assertTrue(tool.is_gone(("ip", "link", "del", "x"), "Cannot find device"))
+        self.assertFalse(tool.is_gone(("ip", "link", "del", "x"), "line 3 failed"))
 
 
 if __name__ == "__main__":
