@@ -6178,10 +6178,11 @@ def explain(ctl, args):
     if (args.probe or args.trace) and not ctl.dry_run:
         need_root()
     flow = path_flow(*asked)
-    hops = list(explained(flow, Records() if ctl.dry_run else Sight(ctl.world)))
+    sight = Records() if ctl.dry_run else Sight(ctl.world)
+    hops = list(explained(flow, sight))
     if not args.json:
         say_signed(ctl, render_explain(hops, "ok" in mark(True)))
-    answer, found = sent(ctl, flow, hops, args)
+    answer, found = sent(ctl, flow, hops, args, sight)
     blocked = blocking(hops) is not None
     if args.json:
         passes = False if blocked else all(hop.ok for hop in hops) or None
@@ -6195,7 +6196,7 @@ def explain(ctl, args):
     return 1 if blocked or (answer or "open") != "open" or (found and not is_answered(found)) else 0
 
 
-def sent(ctl, flow, hops, args):
+def sent(ctl, flow, hops, args, sight):
     """Send the packet if that was asked for -> (its answer or None, its Trace or None). Where the answer is not
     what the hops say, it is traced, too. A dry run shows how to do it by hand."""
     answer, found = None, None
@@ -6207,7 +6208,7 @@ def sent(ctl, flow, hops, args):
         answer = verdict(flow, send(flow), hops)
     differs = answer and (answer == "open") == (blocking(hops) is not None)
     if args.trace or differs:
-        found = trace(ctl.world, flow)
+        found = trace(sight, flow)
     if answer and not args.json:
         ctl.say(f"probe: {answer}")
     if differs and not args.json:
@@ -6715,6 +6716,8 @@ VITAL = {"ns": "there is no namespace {}", "link": "there is no interface {}", "
 
 Packet = namedtuple("Packet", "source target protocol sport dport entry exit mac states back")
 Finding = namedtuple("Finding", "sure target table chain rule ours")
+# The routing rule and the route that decide a packet's way, or None; passed: tables that know none.
+Decision = namedtuple("Decision", "sure rule route passed")
 
 
 class Sight(Records):
@@ -6763,7 +6766,7 @@ class Sight(Records):
             yield Hop(None, "machine", f"could not look at it: {self.trouble}")
             return
         lost = []
-        for name, step in self._lost(flow):
+        for name, step in self.lost(flow):
             fact = step.fact[2:] if step.fact[0] == "inside" else step.fact
             if step.fact in self.seen.foreign:
                 yield Hop(False, "machine", f"{describe(step)} is not vpcctl's",
@@ -6785,7 +6788,7 @@ class Sight(Records):
             text = f"missing or changed: {describe(lost[0][1])}{more}; `vpcctl restore {names}` repairs it"
             yield Hop(None, "machine", text)
 
-    def _lost(self, flow):
+    def lost(self, flow):
         """(VPC, step) of a flow that is recorded and not there, as far as it can be seen, in order of making."""
         spaces = [subnet["ns"] for subnet in (flow.source, flow.host) if subnet]
         for space in spaces:
@@ -6800,7 +6803,7 @@ class Sight(Records):
         if flow.host and flow.host is not flow.source:
             keys += [(kind, flow.far["name"], flow.host["name"]) for kind in ("subnet", "policy")]
         found = []
-        for key in keys:
+        for key in dict.fromkeys(keys):
             function, arguments = self.steps.get(key, (tuple, ()))
             found += [(key[1], step)
                       for step in function(*arguments)
@@ -6812,7 +6815,7 @@ class Sight(Records):
     def _looked_at(self, step, key):
         """Whether a step's thing is on a packet's way, and could have been seen."""
         fact = step.fact
-        if step.phase == FILE or fact[0] in ("alias", "ours", "mac"):
+        if step.phase == FILE or fact[0] in ("alias", "ours"):
             return False
         if key[0] == "peer":                      # packets take the routed way, not the cable
             return fact[0] in ("route", "rule", "chain") and (self.root or fact[0] == "route")
@@ -6848,18 +6851,20 @@ class Sight(Records):
                 self.routing[argv] = (known.get(said.group(1), "unreachable") if said else ""), ""
         return self.routing[argv]
 
-    def _forwarded(self, packet):
-        """The kernel's way for a packet that comes in by an interface of the host."""
+    def kernel_way(self, space, packet):
+        """The kernel's way for a packet that comes in by its `entry`, or is of the namespace's own -> as `route`."""
+        if not packet.entry:
+            return self.route(space, packet.target)
         words = ("from", packet.source, "iif", packet.entry)
         if packet.protocol == "all":
-            return self.route(None, packet.target, *words)
+            return self.route(space, packet.target, *words)
         ports = ("sport", str(packet.sport[0]), "dport", str(packet.dport[0])) * (packet.protocol != "icmp")
-        found = self.route(None, packet.target, *words, "ipproto", packet.protocol, *ports)
-        return found if found[0] else self.route(None, packet.target, *words)       # an old `ip` knows no ports
+        found = self.route(space, packet.target, *words, "ipproto", packet.protocol, *ports)
+        return found if found[0] else self.route(space, packet.target, *words)      # an old `ip` knows no ports
 
     def routed(self, flow, hop):
         packet = self.packet(flow, "through")
-        kind, device = self._forwarded(packet)
+        kind, device = self.kernel_way(None, packet)
         if hop.ok is False:
             opened = flow.far and kind == "unicast" and device == flow.far["bridge"]
             yield hop._replace(ok=None, text=hop.text + "; but the kernel has a way") if opened else hop
@@ -6871,18 +6876,18 @@ class Sight(Records):
 
     def _astray(self, flow, space, packet, kind, device):
         """The hop for a packet that the kernel does not send where the records say."""
-        sure, rule, route = self._decider(space, packet)
-        words, remedy, foreign = route_words(space, rule, route)
+        decided = self.decider(space, packet)
+        words, remedy = route_words(space, decided)
         there = f" in {space}" if space else ""
         if kind != "unicast":
             answer = {"prohibit": "rejected", "blackhole": "no answer"}.get(kind, "no route")
             if space and kind == "blackhole":     # the kernel tells the sender itself
                 answer = "no route"
-            if foreign and sure:
+            if words and decided.sure:
                 return Hop(False, "foreign route", f"{words}{there}", remedy, answer)
-            text = f"the kernel says {kind} for {packet.target}{there}" + f", perhaps by {words}" * foreign
+            text = f"the kernel says {kind} for {packet.target}{there}" + f", perhaps by {words}" * bool(words)
             return Hop(False, "route table", text, f"vpcctl restore {flow.home['name']}", answer)
-        text = f"the way to {packet.target}{there} is by {device}, not {packet.exit}" + f": {words}" * foreign
+        text = f"the way to {packet.target}{there} is by {device}, not {packet.exit}" + f": {words}" * bool(words)
         found = [] if space else self.findings(None, "through", packet._replace(exit=device))
         if not any(one.sure and one.target in ("DROP", "REJECT") for one in found):
             return Hop(None, "elsewhere", text)
@@ -6891,29 +6896,28 @@ class Sight(Records):
                       f"--interface {device}")
         return Hop(False, "foreign route" if flow.far else "route table", text + "; dropped there", remedy)
 
-    def _decider(self, space, packet):
-        """(is it sure, the rule, the route or None) that decide a packet's way; no rule if nothing matches."""
+    def decider(self, space, packet):
+        """Decision on a packet's way."""
         words = ("ip", "-j", "-4") + (("-n", space) if space else ())
-        if words not in self.routing:
-            self.routing[words] = (ask(*words, "rule", "show", has="priority"),
-                                   ask(*words, "route", "show", "table", "all", has="dst"))
-        rules, routes = self.routing[words]
-        sure = True
+        if (words, packet.target) not in self.routing:
+            self.routing[words, packet.target] = (
+                ask(*words, "rule", "show", has="priority"),
+                ask(*words, "route", "show", "table", "all", "match", packet.target, has="dst"))
+        rules, routes = self.routing[words, packet.target]
+        sure, passed = True, []
         for rule in sorted(rules, key=lambda rule: rule["priority"]):
             hit = selects(rule, packet)
             if hit is False:
                 continue
             if rule.get("action", "lookup") not in ("lookup", "to_tbl"):
-                return sure and hit, rule, None
-            table = str(rule.get("table"))
-            fitting = [route for route in routes
-                       if str(route.get("table", "main")) == table
-                       and ip_inside(packet.target, whole_block(route["dst"]))]
-            best = max(fitting, key=lambda route: int(whole_block(route["dst"]).split("/")[1]), default=None)
-            if best and best.get("type") != "throw":
-                return sure and hit, rule, best
+                return Decision(sure and hit, rule, None, passed)
+            fitting = [route for route in routes if str(route.get("table", "main")) == str(rule.get("table"))]
+            best = max(fitting, key=lambda route: prefix_length(route["dst"]), default={"type": "throw", "dst": "default"})
+            if best.get("type") != "throw" and prefix_length(best["dst"]) > rule.get("suppress_prefixlen", -1):
+                return Decision(sure and hit, rule, best, passed)
+            passed += [str(rule.get("table"))] * (rule["priority"] > 0)
             sure = sure and hit is not None
-        return sure, None, None
+        return Decision(sure, None, None, passed)
 
     # -- the firewall
 
@@ -6965,7 +6969,7 @@ class Sight(Records):
         if hop:
             yield hop
         if place == "out" and is_namespace(flow.source["ns"]) and self.root:
-            kind, device = self.route(space, flow.address)
+            kind, device = self.kernel_way(space, packet)
             if kind and (kind, device) != ("unicast", packet.exit) and kind not in ("broadcast", "multicast"):
                 yield self._astray(flow, space, packet, kind, device)
         yield from judged(found, space, flow.far["name"] if place == "in" else flow.home["name"])
@@ -6984,7 +6988,7 @@ class Sight(Records):
             near = "out", flow.host["ns"]
             if self.root and is_namespace(flow.host["ns"]):
                 packet = self.packet(flow, "out", True)
-                kind, device = self.route(flow.host["ns"], packet.target)
+                kind, device = self.kernel_way(flow.host["ns"], packet)
                 if kind and (kind, device) != ("unicast", packet.exit):
                     yield self._astray(flow, flow.host["ns"], packet, kind, device)
         ways = [near] if flow.host or self.host_device(flow.address) else []
@@ -6992,7 +6996,7 @@ class Sight(Records):
         for place, space in ways + [("in", flow.source["ns"])]:
             packet = self.packet(flow, place, True)
             if place == "through" and packet.entry:
-                kind, device = self._forwarded(packet) if flow.far else ("", "")
+                kind, device = self.kernel_way(None, packet) if flow.far else ("", "")
                 if kind and (kind, device) != ("unicast", packet.exit):
                     yield self._astray(flow, None, packet, kind, device)
             for found in judged(self.findings(space, place, packet), space, home):
@@ -7194,16 +7198,20 @@ def finding_remedy(one, space):
 
 
 def whole_block(text):
-    """A route's or rule's address as a block."""
-    if text in ("default", "all"):
-        return "0.0.0.0/0"
+    """A rule's address as a block."""
     return text if "/" in text else text + "/32"
 
 
+def prefix_length(block):
+    """The length of a block as `ip` prints it."""
+    return 0 if block == "default" else int(block.partition("/")[2] or 32)
+
+
 def selects(rule, packet):
-    """Whether a routing rule is for a packet -> True, False or None (it asks what is not known here)."""
+    """Whether a routing rule is for a packet, one without a mark -> True, False or None (it asks what is not known
+    here)."""
     known = {"priority", "src", "srclen", "dst", "dstlen", "iif", "ipproto", "sport", "dport", "table", "action",
-             "protocol"}
+             "protocol", "fwmark", "fwmask", "not", "suppress_prefixlen"}
     answers = [None] if set(rule) - known else []
     for field, address in (("src", packet.source), ("dst", packet.target)):
         if rule.get(field, "all") != "all":
@@ -7215,16 +7223,20 @@ def selects(rule, packet):
     answers += [ports_hit(str(rule[field]).replace("-", ":"), getattr(packet, field))
                 for field in ("sport", "dport")
                 if field in rule]
-    return together_true(answers)
+    answers.append(int(rule.get("fwmark", "0"), 0) == 0)
+    hit = together_true(answers)
+    return hit if hit is None or "not" not in rule else not hit
 
 
-def route_words(space, rule, route):
-    """A routing rule and its route -> (in words, the command that takes out what is not vpcctl's, is any)."""
-    prefix = ("ip",) + (("-n", space) if space else ())
-    if rule is None:
-        return "no route", None, False
-    own = str(rule.get("protocol")) == PROTOCOL or rule["priority"] in (0, 32766, 32767)
-    if not own:
+def is_usual(rule):
+    """Whether a routing rule is vpcctl's, or the kernel's own."""
+    return str(rule.get("protocol")) == PROTOCOL or rule["priority"] in (0, 32766, 32767)
+
+
+def route_words(space, decided):
+    """What is not vpcctl's of a Decision -> (in words, the command that takes it out), or ("", None)."""
+    prefix, rule, route = ("ip",) + (("-n", space) if space else ()), decided.rule, decided.route
+    if rule and not is_usual(rule):
         words = ["pref", rule["priority"]]
         for key, name in (("src", "from"), ("dst", "to")):
             if rule.get(key, "all") != "all":
@@ -7233,13 +7245,25 @@ def route_words(space, rule, route):
             words += [key, rule[key]] if key in rule else []
         words += [rule["action"]] if "action" in rule else ["lookup", rule.get("table")]
         words = tuple(str(word) for word in words)
-        return "routing rule " + " ".join(words), shown(prefix + ("rule", "del") + words), True
-    if route is None or str(route.get("protocol")) in (PROTOCOL, "kernel"):
-        return "vpcctl's own rules", None, False
+        return "routing rule " + " ".join(words), shown(prefix + ("rule", "del") + words)
+    if not route or str(route.get("protocol")) in (PROTOCOL, "kernel"):
+        return "", None
     kind, table = route.get("type", ""), str(route.get("table", rule.get("table", "main")))
     words = ((kind,) if kind else ()) + (route["dst"],) + (("dev", route["dev"]) if "dev" in route else ())
     words += ("table", table) if table != "main" else ()
-    return "route " + " ".join(words), shown(prefix + ("route", "del") + words), True
+    return "route " + " ".join(words), shown(prefix + ("route", "del") + words)
+
+
+def decision_words(decided, target):
+    """A Decision on the way to an address, in words."""
+    rule, route, passed = decided.rule, decided.route, ", ".join(decided.passed)
+    if not rule:
+        return f"no rule and no table knows a way to {target}"
+    words = f"rule {rule['priority']}{'' if is_usual(rule) else FOREIGN}"
+    if not route:
+        return f"no way to {target} in table {passed}; " * bool(passed) + f"{words} says {rule['action']}"
+    foreign = FOREIGN * (route.get("type") in DEAD_ENDS and str(route.get("protocol")) != PROTOCOL)
+    return f"{words}, table {rule['table']}: {route_text(route)}{foreign}"
 
 
 def render_explain(hops, ascii_only=False):
@@ -7292,7 +7316,7 @@ def taps_by_hand(flow):
         yield shown(enter + ("tcpdump", "-n", "-i", device, "host", flow.address)) + " &"
 
 
-def trace(world, flow):
+def trace(sight, flow):
     """Send a packet and look where it is seen -> Trace, with causes if the right answer does not come."""
     need_up(flow_ends(flow))
     need_tools()
@@ -7300,19 +7324,19 @@ def trace(world, flow):
     try:
         for space in sorted({HOST} | {subnet["ns"] for subnet in (flow.source, flow.host) if subnet}):
             taps.append((space, in_place(space, lambda: open_tap(flow))))
-        found = look(flow, taps)
+        found = look(flow, taps, sight.host_device(flow.address) is not None)
     finally:
         for _, tap in taps:
             tap.close()
     try:
         if not is_answered(found):
-            find_causes(world, found)
+            find_causes(sight, found)
     except Failure as failure:
         found.causes.append(f"could not look further: `{shown(failure.argv)}` failed: {failure.said}")
     return found
 
 
-def look(flow, taps):
+def look(flow, taps, here=False):
     """Send a packet and read where the taps heard it -> Trace, without causes.
 
     Asked for times, the kernel begins to note them a moment later (a busy machine: a second), and until then
@@ -7326,7 +7350,6 @@ def look(flow, taps):
         seen = ours(heard, flow, reply.number)
         if not seen or seen[0].time < end or time.monotonic() > deadline:
             missed = sum(lost_frames(tap) for _, tap in taps)
-            here = flow.address in (router_addresses(flow.far) if flow.far else host_addresses())
             return Trace(flow, reply.kind, seen, missed, [], here)
         time.sleep(0.02)
 
@@ -7484,13 +7507,6 @@ def is_answered(found):
     return found.here or left
 
 
-def host_addresses():
-    """The addresses of the host."""
-    return {address.get("local")
-            for link in ask("ip", "-j", "-4", "addr", "show", has="ifname")
-            for address in link.get("addr_info", ())}
-
-
 def last_seen(found):
     """Where the packet was lost or turned back: the last sight before; None if it never left.
 
@@ -7516,17 +7532,19 @@ def in_place(space, work):
 
 # -- why was it not seen any further?
 
-def find_causes(world, found):
+def find_causes(sight, found):
     """Fill in the causes: send again and look what moves, then compare what is there with the records."""
     flow, space, last, causes = found.flow, gap_space(found), last_seen(found), found.causes
     before = in_place(space, rule_counters)
     again = [send(flow, 0.1).kind for _ in range(COPIES)]
     causes.extend(moved_rules(before, in_place(space, rule_counters)))
     for look_for in (route_causes, hardware_causes, neighbour_causes, source_causes):
-        causes.extend(look_for(found))
-    causes.extend(drift_causes(world, flow))
-    if not causes and last and place_of(last) == arrival(flow):
-        causes.extend(in_place(space, lambda: listener_causes(flow)))
+        causes.extend(look_for(sight, found))
+    causes.extend(f"not as recorded: {describe(step)}; `vpcctl restore {name}` repairs it"
+                  for name, step in sight.lost(flow))
+    if not causes and last and place_of(last) == arrival(flow) and flow.protocol != "icmp":
+        hop = listening_hop(flow, sight)
+        causes.extend([f"{hop.text}, but does not answer"] if hop.ok else render_end(hop))
     if not causes:
         causes.extend([f"perhaps {rule}: it has no counter" for rule in before if before[rule] is None][:5])
     if found.outcome != "open" and "open" in again:
@@ -7587,105 +7605,48 @@ def moved_rules(before, after):
             if number == least]
 
 
-def route_causes(found):
+def route_causes(sight, found):
     """What routing makes of the packet where it was lost, if that is not the next place on its way."""
     flow, last, places = found.flow, last_seen(found), way(found.flow)
-    own, far = flow.source["host_ip"], flow.address
     if not last:
-        return in_place(flow.source["ns"], lambda: routing(flow, far, None, None, places[0][1]))
+        return routing(sight, flow.source["ns"], sight.packet(flow, "out")._replace(exit=places[0][1]))
     if last.space == HOST and last.out and place_of(last) not in places:      # out where it should not be
         last = next((sight for sight in reversed(found.seen) if sight.space == HOST and not sight.out), last)
     if last.out or last.device in ["lo"] + [subnet["veth"] + "-b" for _, subnet in flow_ends(flow)]:
         return []                                 # no place where a way is chosen
-    source, target = (far, own) if last.answer else (own, far)
     after = places[places.index(place_of(last)) + 1:][:1] if place_of(last) in places else []
-    wanted = after[0][1] if after and after[0][2:] == (True, last.answer) else None
-    causes = in_place(last.space, lambda: routing(flow, target, source, last.device, wanted))
+    wanted = after[0][1] if after and after[0][2:] == (True, last.answer) else ""
+    packet = sight.packet(flow, "through", last.answer)._replace(entry=last.device, exit=wanted)
+    causes = routing(sight, last.space, packet)
     if place_of(last) == arrival(flow):
-        causes += in_place(last.space, lambda: routing(flow, source, None, None, last.device))
+        causes += routing(sight, last.space, sight.packet(flow, "out", True)._replace(exit=last.device))
     return causes
 
 
-def routing(flow, target, source, device, wanted):
-    """Called in a namespace: ask for the way to `target` of a packet that came in by `device` (None: its own)
-    -> lines, if there is none or not by the interface wanted."""
-    words, reason, taken = ("from", source, "iif", device) if device else (), "", None
-    try:
-        ways = ask("ip", "-j", "-4", "route", "get", target, *words, has="dev")
-        taken = ways[0]["dev"] if ways else None
-    except Failure as failure:
-        reason = failure.said.rpartition("answers: ")[2]
-    if not reason and wanted in (None, taken):
+def routing(sight, space, packet):
+    """What the kernel makes of a packet's way -> lines, if there is none or not by the packet's `exit` ("": any)."""
+    kind, device = sight.kernel_way(space, packet)
+    if not kind or (kind not in DEAD_ENDS and packet.exit in ("", device)):
         return []
-    rules = ask("ip", "-j", "-4", "rule", "show", has="priority")
-    routes = ask("ip", "-j", "-4", "route", "show", "table", "all", "match", target, has="dst")
-    kind, decided, out_by = deciding_route(rules, routes, flow, target, source, device)
-    if not reason:
-        return [f"routing: out by {taken}: {decided}"]
-    if kind in DEAD_ENDS or not kind:
-        return [f"routing: {decided}"]
-    if device and reason in ("Invalid argument", "Invalid cross-device link"):
+    decided = sight.decider(space, packet)
+    route, words = decided.route, decision_words(decided, packet.target)
+    if kind not in DEAD_ENDS:
+        return [f"routing: out by {device}: {words}"]
+    if not route or route.get("type") in DEAD_ENDS:
+        return [f"routing: {words}"]
+    switch, reason = link_conf("ipv4", packet.entry or "all", "forwarding"), kind
+    if packet.entry and route.get("type") != "local" and in_place(space, lambda: sysctl_value(switch)) == "0":
+        reason = f"{packet.target} is no address here, and {packet.entry} forwards nothing (forwarding is 0)"
+    elif packet.entry:
         # The kernel looks for the way back as if the packet came in where it is to go out.
-        routes = ask("ip", "-j", "-4", "route", "show", "table", "all", "match", source, has="dst")
-        back = deciding_route(rules, routes, flow, source, target, out_by)[1]
-        reason = f"{source} may not come in by {device} (rp_filter), as the way back to it is another: {back}"
-    elif device and sysctl_value(link_conf("ipv4", device, "forwarding")) == "0":
-        reason = f"{target} is no address here, and {device} forwards nothing (forwarding is 0)"
-    return [f"routing: {reason}; the way on is {decided}"]
+        back = packet._replace(source=packet.target, target=packet.source, entry=route.get("dev"),
+                               sport=packet.dport, dport=packet.sport)
+        reason = (f"{packet.source} may not come in by {packet.entry} (rp_filter), as the way back to it is another: "
+                  + decision_words(sight.decider(space, back), back.target))
+    return [f"routing: {reason}; the way on is {words}"]
 
 
-def deciding_route(rules, routes, flow, target, source, device):
-    """The routing rule and route that decide a packet's way -> (type, words, interface). `routes`: those that
-    hold the target, of all tables."""
-    passed = []
-    for rule in rules:
-        if not routing_hits(rule, flow, target, source, device):
-            continue
-        usual = str(rule.get("protocol")) == PROTOCOL or rule["priority"] in (0, 32766, 32767)
-        words = f"rule {rule['priority']}{'' if usual else FOREIGN}"
-        if rule.get("action") in DEAD_ENDS:
-            before = f"no way to {target} in table {', '.join(passed)}; " if passed else ""
-            return rule["action"], f"{before}{words} says {rule['action']}", None
-        route = longest_route(routes, rule)
-        if not route:
-            passed += [str(rule.get("table"))] * (rule["priority"] > 0)
-            continue
-        kind = route.get("type", "unicast")
-        shown_route = [kind] * (kind != "unicast") + [route["dst"]] + [
-            f"{word} {route[key]}" for word, key in (("via", "gateway"), ("dev", "dev")) if key in route]
-        foreign = FOREIGN * (kind in DEAD_ENDS and str(route.get("protocol")) != PROTOCOL)
-        return kind, f"{words}, table {rule['table']}: {' '.join(shown_route)}{foreign}", route.get("dev")
-    return None, f"no rule and no table knows a way to {target}", None
-
-
-def longest_route(routes, rule):
-    """The route that a rule finds in its table, or None if the next rule is asked."""
-    fitting = [route for route in routes if str(route.get("table", "main")) == str(rule.get("table"))]
-    longest = max(fitting, key=lambda route: prefix_length(route["dst"]), default=None)
-    if not longest or longest.get("type") == "throw":
-        return None
-    return longest if prefix_length(longest["dst"]) > rule.get("suppress_prefixlen", -1) else None
-
-
-def prefix_length(block):
-    """The length of a block as `ip` prints it."""
-    if block == "default":
-        return 0
-    return int(block.partition("/")[2] or 32)
-
-
-def routing_hits(rule, flow, target, source, device):
-    """Whether a routing rule speaks of a packet. (Marks: it has none.)"""
-    wanted = [("iif", device or "lo"), ("ipproto", flow.protocol), ("dport", flow.port)]
-    fits = all(key not in rule or str(rule[key]).split(" ")[0] == str(value) for key, value in wanted)
-    for key, address in (("src", source or flow.source["host_ip"]), ("dst", target)):
-        if rule.get(key, "all") != "all":
-            fits = fits and ip_inside(address, f"{rule[key]}/{rule.get(key + 'len', 32)}")
-    fits = fits and int(str(rule.get("fwmark", 0)), 0) == 0
-    return fits != ("not" in rule)
-
-
-def hardware_causes(found):
+def hardware_causes(_sight, found):
     """What is amiss between cards and bridges: hardware addresses that are not the recorded ones, ports."""
     flow, causes = found.flow, []
     for vpc, subnet in flow_ends(flow):
@@ -7705,7 +7666,7 @@ def hardware_causes(found):
     return causes
 
 
-def neighbour_causes(found):
+def neighbour_causes(_sight, found):
     """Next stations that do not answer ARP, where the packet was lost."""
     flow = found.flow
     hops = {address for sight in found.seen for address in sight.packet.ends[1::2]}
@@ -7718,48 +7679,15 @@ def neighbour_causes(found):
             if entry["dst"] in hops and entry["dev"] in devices]
 
 
-def source_causes(found):
+def source_causes(sight, found):
     """Whether the packet left the host with an address that answers do not find: what NAT is for."""
     last = last_seen(found)
     if not last or last.answer or found.flow.far or place_of(last)[:3] != (HOST, last.device, True):
         return []
     source = last.packet.ends[1]
-    if source in host_addresses():
+    if sight.host_device(source):
         return []
     return [f"it left with {source}, no address of this host: no answer finds back"]
-
-
-def drift_causes(world, flow):
-    """What `verify` would find missing or changed of the parts on the way."""
-    ends = [subnet for _, subnet in flow_ends(flow)]
-    vpcs = {vpc["name"]: vpc for vpc in (flow.home, flow.far) if vpc}
-    others = [f"'{word}'"
-              for vpc in vpcs.values()
-              for subnet in vpc["subnets"]
-              if subnet not in ends
-              for word in (subnet["ns"], subnet["veth"] + "-b", subnet["mac"], subnet["host_ip"])]
-    seen = observe({"": {"subnets": ends}})
-    found = []
-    for fact, step in plan(world, set(vpcs)).items():
-        if step.phase == FILE or seen.holds(step) or any(word in repr(fact) for word in others):
-            continue
-        found.append(f"not as recorded: {describe(step)}; `vpcctl restore` repairs it")
-    return found
-
-
-def listener_causes(flow):
-    """Called in the target's namespace: who listens on the port -> lines."""
-    if flow.protocol == "icmp":
-        return []
-    kinds = flow.protocol, flow.protocol + "6"
-    where = sorted({one.address for one in listeners(kinds=kinds) if one.port == flow.port})
-    if not where and app_on(flow):
-        return [f"nothing listens on {flow.what} there: `vpcctl restore` starts its app again"]
-    if not where:
-        return [f"nothing listens on {flow.what} there"]
-    if not set(where) & {"0.0.0.0", flow.address, "::"}:
-        return [f"{flow.what} listens on {', '.join(where)} only: no other subnet reaches it"]
-    return [f"a program listens on {flow.what} there, but does not answer"]
 
 
 # -- the tale

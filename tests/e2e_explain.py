@@ -760,8 +760,7 @@ class OthersTest(SeenCase):
             "from": "blog/web", "to": "shop/api", "address": "10.30.1.2", "protocol": "icmp", "port": None, "answer": "open",
             "expected": "open", "ok": True, "why": None})
         told = json.loads(cli("explain", *WEB_DB, "--json").out)
-        self.assertEqual(list(told), ["from", "to", "protocol", "port", "passes", "hops", "probe",
-                                     "trace"])
+        self.assertEqual(list(told), ["from", "to", "protocol", "port", "passes", "hops", "probe", "trace"])
         self.assertEqual({key for hop in told["hops"] for key in hop}, {"ok", "where", "text", "remedy"})
 
 

@@ -117,12 +117,12 @@ LINKS = (
      "last seen in at port v-blog-web-b", "port v-blog-web-b is disabled, not forwarding"),
     (WEB_DB, ([f"ip {DB}link set v-blog-db-a address {WRONG}"], [f"ip {DB}link set v-blog-db-a address MAC"]), AT_DB,
      f"blog/db's card has hardware address {WRONG}"),
-    (WEB_DB, links("v-blog-db-b"), "last seen out of bridge br-blog", "interface v-blog-db-b is up"),
-    (WEB_DB, links("v-blog-web-b"), NEVER, "interface v-blog-web-b is up"),
-    (WEB_DB, links("br-blog"), (NEVER, "last seen in at port v-blog-web-b"), "interface br-blog is up"),
-    (WEB_DB, links("v-blog-db-a", DB), "last seen out of bridge br-blog", "namespace ns-blog-db: up v-blog-db-a"),
-    (WEB_DB, broken(f"ip {DB}address flush dev v-blog-db-a"), AT_DB, "namespace ns-blog-db: address v-blog-db-a 10.20.2.2/24"),
-    (WEB_DB, broken("ip link set v-blog-db-b nomaster"), "last seen out of bridge br-blog", "cable v-blog-db-b plugged into br-blog"),
+    (WEB_DB, links("v-blog-db-b"), "last seen out of bridge br-blog", "interface v-blog-db-b (up)"),
+    (WEB_DB, links("v-blog-web-b"), NEVER, "interface v-blog-web-b (up)"),
+    (WEB_DB, links("br-blog"), (NEVER, "last seen in at port v-blog-web-b"), "interface br-blog (up)"),
+    (WEB_DB, links("v-blog-db-a", DB), "last seen out of bridge br-blog", "namespace ns-blog-db: interface v-blog-db-a (up)"),
+    (WEB_DB, broken(f"ip {DB}address flush dev v-blog-db-a"), AT_DB, "namespace ns-blog-db: interface v-blog-db-a: address 10.20.2.2/24"),
+    (WEB_DB, broken("ip link set v-blog-db-b nomaster"), "last seen out of bridge br-blog", "bridge of cable v-blog-db-b (br-blog)"),
     (OUT, (["ip link set eth0 down"], ["ip link set eth0 up", "ip route add default via 192.0.2.1"]), AT_BRIDGE,
      "no way to 203.0.113.1 in table 7001"),
     (OUT, broken("iptables -t nat -F POSTROUTING"), "last seen out of eth0", "it left with 10.20.1.2, no address of this host"),
@@ -141,7 +141,7 @@ class TraceTest(SandboxTest):
         options = dict(zip(words[3::2], words[4::2]))
         world = vpcctl.Store(os.environ["VPCCTL_DATA"]).load()[0]
         port = int(options["--port"]) if "--port" in options else None
-        found = vpcctl.trace(world, vpcctl.path_flow(world, *(words[:3] + (port, options.get("--protocol", "tcp")))))
+        found = vpcctl.trace(vpcctl.Sight(world), vpcctl.path_flow(world, *(words[:3] + (port, options.get("--protocol", "tcp")))))
         return vpcctl.is_answered(found), vpcctl.trace_lines(found)
 
     def run_all(self, commands):
@@ -198,10 +198,10 @@ class CommandTest(TraceTest):
 
     def test_who_listens(self):
         with tcp_listener("ns-blog-db", 6000, "127.0.0.1"):
-            self.assert_named(("blog", "web", "db", "--port", "6000"), AT_DB, "tcp/6000 listens on 127.0.0.1 only")
+            self.assert_named(("blog", "web", "db", "--port", "6000"), AT_DB, " listens on 127.0.0.1 only: no other subnet reaches it")
         with tcp_listener("ns-blog-db", 6000, "10.20.2.2"):
             self.assert_yes(("blog", "web", "db", "--port", "6000"))
-        self.assert_named(("blog", "web", "db", "--port", "6000"), AT_DB, "nothing listens on tcp/6000 there")
+        self.assert_named(("blog", "web", "db", "--port", "6000"), AT_DB, "nothing listens on tcp/6000 in blog/db")
         asked = ("blog", "web", "db", "--port", "6000", "--protocol", "udp")
         with udp_listener("ns-blog-db", 6000):
             self.assert_yes(asked)

@@ -242,7 +242,11 @@ class RouteTest(unittest.TestCase):
     OWN = {"dst": "10.20.0.0/16", "dev": "br-blog", "table": "7001"}
 
     def decide(self, routes, rules=(), target=DB, device="br-blog", source=WEB):
-        return vpcctl.deciding_route(list(rules) + self.RULES, routes, make_flow(), target, source, device)[:2]
+        packet = vpcctl.Packet(source or WEB, target, "tcp", vpcctl.SOME_PORT, (5432, 5432), device or "", "", None, ("NEW",), False)
+        sight = mock.Mock(routing={(("ip", "-j", "-4"), target): (list(rules) + self.RULES, routes)})
+        decided = vpcctl.Sight.decider(sight, None, packet)
+        kind = decided.route.get("type", "unicast") if decided.route else (decided.rule or {}).get("action")
+        return kind, vpcctl.decision_words(decided, target)
 
     def test_longest_block_wins(self):
         self.assertEqual(self.decide([self.OWN]), ("unicast", "rule 7001, table 7001: 10.20.0.0/16 dev br-blog"))
