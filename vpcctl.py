@@ -50,9 +50,10 @@ PROTOCOL = "118"                  # our mark on routes and routing rules
 FENCE_TABLE = "7000"              # unreachable for every VPC's range: read by VPCs with NAT, after their own table
 FIRST_TABLE = 7001                # route tables of VPCs
 PREF_OWN, PREF_FENCE, PREF_OUT, PREF_END, PREF_VOID, PREF_IN, PREF_SHUT = (str(7000 + n) for n in range(1, 8))
-# Where no router sends anything: this network, loopback, link-local (a cloud host's metadata service), multicast
-# and what is reserved.
-UNROUTED = ("0.0.0.0/8", "127.0.0.0/8", "169.254.0.0/16", "224.0.0.0/3")
+# Where no router sends anything. (A cloud host's metadata service is link-local.)
+UNROUTED = {"0.0.0.0/8": "unspecified", "127.0.0.0/8": "loopback", "169.254.0.0/16": "link-local",
+            "224.0.0.0/3": "multicast or reserved"}
+GUARD, REST = "vpcctl-guard", "vpcctl-rest"       # chains of the host, of no VPC
 MARK_BITS, MARK_SALT = 12, (1 << 12) - 1
 NETNS_DIR, ETC_NETNS, RUN_DIR = "/run/netns", "/etc/netns", "/run/vpcctl"
 NOBODY = 65534
@@ -2574,32 +2575,32 @@ def plan_forwarding(world, vpcs):
 
 def plan_guard(uplinks):
     """Before everybody's rules in FORWARD: strangers do not enter by an uplink."""
-    guard, held = "vpcctl-guard", ("chain", "filter", "vpcctl-guard")
-    steps = [chain_step(guard, "the host was no router before: strangers do not get through it")]
+    held = ("chain", "filter", GUARD)
+    steps = [chain_step(GUARD, "the host was no router before: strangers do not get through it")]
     for uplink in uplinks:
         steps += [
             # Translated, not RELATED: an ICMP error about a connection of the host's own would pass as that.
-            rule_step(guard, ("-i", uplink, "-m", "conntrack", "--ctstate", "ESTABLISHED,SNAT,DNAT",
+            rule_step(GUARD, ("-i", uplink, "-m", "conntrack", "--ctstate", "ESTABLISHED,SNAT,DNAT",
                               "-j", "RETURN"),
                       "answers, and what was published", place="prepend", holder=held),
-            rule_step(guard, ("-i", uplink, "-j", "DROP"), "nothing else enters by the uplink", place="append",
+            rule_step(GUARD, ("-i", uplink, "-j", "DROP"), "nothing else enters by the uplink", place="append",
                       holder=held)]
-    return steps + [jump_step("FORWARD", ("-j", guard), "the host was no router before", "vpcctl")]
+    return steps + [jump_step("FORWARD", ("-j", GUARD), "the host was no router before", "vpcctl")]
 
 
 def plan_rest(forward, uplinks):
     """Behind everybody's rules in FORWARD: what none of them has accepted is dropped, so that an interface that
     comes later passes packets on only where its own program says so."""
-    rest, held = "vpcctl-rest", ("chain", "filter", "vpcctl-rest")
+    held = ("chain", "filter", REST)
     before = [("-i", device) for device in forward.get("kept_on", ())]
     # With br_netfilter, frames that only cross a bridge are asked here, too.
     before += [("-i", device, "-o", device) for device in forward["kept_off"]]
-    steps = [chain_step(rest, "what no rule has accepted"),
-             rule_step(rest, ("-j", "DROP"), "the host was no router before", place="last", holder=held)]
-    steps += [rule_step(rest, words + ("-j", "RETURN"), "as before", place="prepend", holder=held)
+    steps = [chain_step(REST, "what no rule has accepted"),
+             rule_step(REST, ("-j", "DROP"), "the host was no router before", place="last", holder=held)]
+    steps += [rule_step(REST, words + ("-j", "RETURN"), "as before", place="prepend", holder=held)
               for words in before
               if words[1] not in uplinks and words[1] != "lo"]
-    return steps + [rule_step("FORWARD", ("-j", rest), "what no rule has accepted", place="last")]
+    return steps + [rule_step("FORWARD", ("-j", REST), "what no rule has accepted", place="last")]
 
 
 def forward_step(key, value, why, undo=(), optional=""):
@@ -3160,7 +3161,7 @@ def rule_words(line):
     return [word or re.sub(r"\\(.)", r"\1", quoted, flags=re.S) for quoted, word in found]
 
 
-OUR_CHAIN = re.compile(r"vpc-[A-Za-z0-9_-]{1,24}\Z|vpcctl-guard\Z").match
+OUR_CHAIN = re.compile(f"(?:vpc-[A-Za-z0-9_-]{{1,24}}|{GUARD}|{REST})\\Z").match
 
 
 def comment_of(rule):
@@ -3381,9 +3382,9 @@ def new_vpc(ctl, name, cidr, world, used=None):
     block = as_network(cidr)
     if not 8 <= block.prefixlen <= 29:
         raise Problem("%s: a VPC's range is from /8 to /29" % cidr, "10.20.0.0/16 is a good size")
-    for what in ("is_loopback", "is_multicast", "is_link_local", "is_unspecified", "is_reserved"):
-        if getattr(block, what) or getattr(block[0], what):
-            raise Problem("%s is %s, which cannot be a VPC's range" % (cidr, what[3:].replace("_", "-")),
+    for reserved, what in UNROUTED.items():
+        if block.overlaps(as_network(reserved)):
+            raise Problem(f"{cidr} is {what}, which cannot be a VPC's range",
                           "take a private range: 10.0.0.0/8, 172.16.0.0/12 or 192.168.0.0/16")
     for other in world.values():
         if block.overlaps(as_network(other["cidr"])):
@@ -3530,7 +3531,7 @@ def clear_orphans(ctl, name):
     steps = orphans(ctl, seen, name)
     if name and steps:
         ctl.note("clearing away what is left of an earlier VPC %s without a record" % name)
-    if any(step.fact == ("chain", "filter", "vpcctl-guard") for step in steps):
+    if any(step.fact == ("chain", "filter", GUARD) for step in steps):
         back = (("sysctl", "-w", "net.ipv4.ip_forward=0"),) + tuple(     # it clears those of our bridges, too
             ("sysctl", "-w", link_conf("ipv4", vpc["bridge"], "forwarding") + "=1") for vpc in ctl.world.values())
         steps.append(Step(WIRE, ("sysctl", "net.ipv4.ip_forward", "1"), (), back, "the guard says that it was off before"))
@@ -5849,11 +5850,14 @@ CONDITIONS = frozenset(("fwmark", "tos", "dst", "uid_start", "ipproto", "sport",
 
 
 def overlap(address, length, ranges):
-    """Whether a block touches one of some ranges (of numbers). "all" and "default" touch each."""
+    """Whether a block touches one of some ranges (of numbers). "all" and "default" touch each. That of a routing
+    rule may have host bits, which the kernel passes over."""
     if address in ("all", "default"):
         return True
-    first, last = bounds(address if "/" in address else f"{address}/{length}")
-    return any(first <= high and low <= last for low, high in ranges)
+    address, _, own_length = address.partition("/")
+    size = 1 << 32 - int(own_length or length)
+    first = address_number(address) // size * size
+    return any(first <= high and low < first + size for low, high in ranges)
 
 
 def leads_to(route, ranges, default):
@@ -5884,7 +5888,7 @@ def lookup_text(entry):
 
 def foreign_rules(seen, world):
     """Others' firewall rules in our chains and in our namespaces -> [(VPC, text, does it harm)]."""
-    places = {("filter", "vpcctl-guard"): ""}
+    places = {("filter", GUARD): "", ("filter", REST): ""}
     for name, vpc in world.items():
         chains = [vpc["chain"], vpc["chain_in"], vpc["chain_src"]] + [peer["chain"] for peer in vpc["peers"]]
         places.update((("filter", chain), name) for chain in chains)

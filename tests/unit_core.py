@@ -356,7 +356,8 @@ class AddressTest(TextTest):
         for bad, text in (("10.0.0.0/30", "from /8 to /29"), ("0.0.0.0/0", "from /8 to /29"), ("8.0.0.0/7", "from /8"),
                           ("127.0.0.0/8", "is loopback"), ("224.0.0.0/8", "is multicast"),
                           ("169.254.0.0/16", "is link-local"), ("0.0.0.0/8", "is unspecified"),
-                          ("240.0.0.0/8", "is reserved")):
+                          ("240.0.0.0/8", "or reserved"),
+                          ("0.1.0.0/16", "is unspecified"), ("169.0.0.0/8", "is link-local")):
             self.assert_problem(text, make_vpc, {}, "x", bad)
         make_vpc(blog(), "x", "10.21.0.0/16")
         self.assert_problem("10.0.0.0/8 overlaps VPC blog", make_vpc, blog(), "x", "10.0.0.0/8")
