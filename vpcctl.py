@@ -5898,13 +5898,14 @@ def foreign_rules(seen, world):
         if space is None and (table, chain) not in places or all(ours for _, ours in rules):
             continue
         name = places.get((table, chain), "") if space is None else spaces.get(space, "")
+        drops = max((number for number, (rule, ours) in enumerate(rules) if ours and target_of(rule) == "DROP"),
+                    default=-1)                   # our last one
         for number, (rule, ours) in enumerate(rules):
             if not ours:
                 tool = f"ip netns exec {space} iptables" if space else "iptables"
                 table_words = f" -t {table}" if table != "filter" else ""
-                harms = any(own and target_of(later) == "DROP" for later, own in rules[number + 1:])
                 found.append((name, f"firewall rule: {tool}{table_words} -A {chain} {shown(rule)}",
-                              harms and opens(seen, (space, table), rule)))
+                              number < drops and opens(seen, (space, table), rule)))
     return found
 
 
