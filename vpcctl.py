@@ -1782,7 +1782,7 @@ class Store:
         """Write VPCs' finished records: temporary files, flushed to disk, and only when all are there put in place."""
         try:
             for record in records:
-                record["host_iptables"] = [list(argv) for argv in recorded_rules(record)]
+                record["host_iptables"] = recorded_rules(record)
                 self._put(self.path(record["name"]), record_text(record), True, True)
         except Problem:
             for record in records:
@@ -2002,10 +2002,11 @@ class Control:
         self._loaded = (world, {}, {})
 
     def is_unsound(self, names):
-        """Which of these VPCs an interrupted change or a restart has left in pieces, as far as files can tell."""
+        """Which of these VPCs are not as today's plans have them, as far as files can tell: an interrupted change
+        or a restart has left them in pieces, or an earlier version has made them."""
         interfaces = host_interfaces()
-        return [name for name in names if name in self.intents
-                or (name in self.world and is_down(self.world[name], interfaces))]
+        return [name for name in names if name in self.intents or (name in self.world and (
+                    is_down(self.world[name], interfaces) or is_outdated(self.world[name])))]
 
     def change(self, new, before=None, after=None):
         """Make the machine and the records match the world `new`.
@@ -2801,11 +2802,13 @@ def render_resolv(vpc):
 
 
 def recorded_rules(vpc):
-    """The host's firewall rules of one VPC, as commands: for people who read the record; never run from it."""
+    """The host's firewall rules of one VPC, as commands: for people who read the record, never run from it; and to
+    tell whether an earlier version has made them."""
     steps = plan_chains(vpc) + (plan_nat(vpc) if vpc.get("nat") else [])
     rules = [argv for step in steps for argv in step.do if argv[0] == "iptables"]
-    return rules + [rule_argv(("-I", vpc["chain_src"], "1"), source_words(subnet), ALIAS + vpc["name"])
-                    for subnet in vpc["subnets"]]
+    rules += [rule_argv(("-I", vpc["chain_src"], "1"), source_words(subnet), ALIAS + vpc["name"])
+              for subnet in vpc["subnets"]]
+    return [list(argv) for argv in rules]
 
 
 def first_address(cidr):
@@ -3641,11 +3644,19 @@ def is_down(vpc, interfaces=None):
     return vpc["bridge"] not in (host_interfaces() if interfaces is None else interfaces)
 
 
+def is_outdated(vpc):
+    """Whether a VPC's rules were made by an earlier version, whose plans were others."""
+    return vpc["host_iptables"] != recorded_rules(vpc)
+
+
 def heal_first(ctl, names):
-    """Before a change: finish what was cut short in the VPCs that it is about, and bring up those that are down."""
+    """Before a change: finish what was cut short in the VPCs that it is about, bring up those that are down, and
+    bring up to date what an earlier version has made."""
     unsound = sorted(set(ctl.is_unsound(names)) | set(ctl.intents))
     if unsound:
-        ctl.note("first putting right what an interrupted change or a restart has left: %s" % ", ".join(unsound))
+        ctl.note("first putting right what an interrupted change, a restart or an earlier version has left: "
+                 + ", ".join(unsound))
+        clear_strays(ctl, unsound)
         mend(ctl, unsound, strict=False)
 
 
@@ -3751,6 +3762,9 @@ def mend_records(ctl, new, names, troubles, staying):
         else:                                     # its deployment was cut short, and it never ran
             new[name]["apps"].remove(app)
             ctl.note("%s; taken out of the record" % problem)
+    for name in names:
+        if name in new:
+            new[name]["host_iptables"] = recorded_rules(new[name])
     touched = [name for name in sorted(set(new) | set(ctl.world)) if new.get(name) != ctl.world.get(name)]
     ctl.finish(set(touched) | set(ctl.intents), new)
     return started, len(touched)

@@ -128,8 +128,15 @@ class OwnershipTest(SandboxTest):
 
     def test_a_record_that_names_things_of_another_vpc(self):
         """Our mark alone is not enough: it must be this VPC's."""
+        self.names_things_of_another(lambda made: load_vpcctl().recorded_rules(made))
+
+    def test_a_record_that_names_them_and_is_of_an_earlier_version(self):
+        self.names_things_of_another(lambda made: made["host_iptables"])
+
+    def names_things_of_another(self, rules):
         chain, whole = record("shop")["chain"], settle("iptables-save", "-t", "filter")
         edit("blog", bridge="br-shop", chain=chain)
+        edit("blog", host_iptables=rules(record("blog")))
         said = obey("delete blog").err
         self.assertIn("br-shop", said)
         self.assertIn("chain " + chain, said)

@@ -868,7 +868,7 @@ class RecordTest(TextTest):
         vpc["forward"] = {"was": "0", "kept_off": ["wlan0"]}
         vpc["published"].append({"subnet": "web", "host_port": 8080, "port": 80, "protocol": "tcp", "interface": "eth0"})
         vpc["apps"].append(dict(tool.new_app(vpc, vpc["subnets"][0], 8080, []), pid=4242, start="boot/123"))
-        vpc["host_iptables"] = [list(argv) for argv in tool.recorded_rules(vpc)]
+        vpc["host_iptables"] = tool.recorded_rules(vpc)
         return json.loads(json.dumps(vpc))
 
     def test_a_sound_record(self):
