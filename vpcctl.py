@@ -2963,7 +2963,8 @@ def is_our_link(path):
 
 
 def ask(*argv, has):
-    """Ask a tool that prints JSON -> its entries that are not empty, each of which has the key `has`.
+    """Ask a tool that prints JSON -> its entries that are not empty, each of which has the key `has`, with a text (a
+    number, if that is the priority).
 
     Raises Failure if the tool failed, or printed something else.
     """
@@ -2973,7 +2974,10 @@ def ask(*argv, has):
     # Before 5.0, ip told a route's type without a key, which is no JSON, and a rule's action by another key.
     fixed = re.sub(r'\{"(\w+)",', r'{"type":"\1",', out.replace('"to_tbl":', '"action":'))
     try:                                          # a name may hold any character: ip prints some as they are
-        return [entry for entry in json.loads(fixed or "[]", strict=False) if entry and entry[has] is not None]
+        entries = [entry for entry in json.loads(fixed or "[]", strict=False) if entry]
+        if any(type(entry[has]) is not (int if has == "priority" else str) for entry in entries):
+            raise ValueError(has)
+        return entries
     except (ValueError, TypeError, LookupError, RecursionError):
         raise Failure(argv, NO_JSON + out[:80]) from None
 
