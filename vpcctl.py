@@ -50,9 +50,10 @@ PROTOCOL = "118"                  # our mark on routes and routing rules
 FENCE_TABLE = "7000"              # unreachable for every VPC's range: read by VPCs with NAT, after their own table
 FIRST_TABLE = 7001                # route tables of VPCs
 PREF_OWN, PREF_FENCE, PREF_OUT, PREF_END, PREF_VOID, PREF_IN, PREF_SHUT = (str(7000 + n) for n in range(1, 8))
-# Where no router sends anything: this network, loopback, link-local (a cloud host's metadata service), multicast
-# and what is reserved.
-UNROUTED = ("0.0.0.0/8", "127.0.0.0/8", "169.254.0.0/16", "224.0.0.0/3")
+# Where no router sends anything. (A cloud host's metadata service is link-local.)
+UNROUTED = {"0.0.0.0/8": "unspecified", "127.0.0.0/8": "loopback", "169.254.0.0/16": "link-local",
+            "224.0.0.0/3": "multicast or reserved"}
+GUARD, REST = "vpcctl-guard", "vpcctl-rest"       # chains of the host, of no VPC
 MARK_BITS, MARK_SALT = 12, (1 << 12) - 1
 NETNS_DIR, ETC_NETNS, RUN_DIR = "/run/netns", "/etc/netns", "/run/vpcctl"
 NOBODY = 65534
@@ -1781,7 +1782,7 @@ class Store:
         """Write VPCs' finished records: temporary files, flushed to disk, and only when all are there put in place."""
         try:
             for record in records:
-                record["host_iptables"] = [list(argv) for argv in recorded_rules(record)]
+                record["host_iptables"] = recorded_rules(record)
                 self._put(self.path(record["name"]), record_text(record), True, True)
         except Problem:
             for record in records:
@@ -2001,10 +2002,11 @@ class Control:
         self._loaded = (world, {}, {})
 
     def is_unsound(self, names):
-        """Which of these VPCs an interrupted change or a restart has left in pieces, as far as files can tell."""
+        """Which of these VPCs are not as today's plans have them, as far as files can tell: an interrupted change
+        or a restart has left them in pieces, or an earlier version has made them."""
         interfaces = host_interfaces()
-        return [name for name in names if name in self.intents
-                or (name in self.world and is_down(self.world[name], interfaces))]
+        return [name for name in names if name in self.intents or (name in self.world and (
+                    is_down(self.world[name], interfaces) or is_outdated(self.world[name])))]
 
     def change(self, new, before=None, after=None):
         """Make the machine and the records match the world `new`.
@@ -2574,32 +2576,32 @@ def plan_forwarding(world, vpcs):
 
 def plan_guard(uplinks):
     """Before everybody's rules in FORWARD: strangers do not enter by an uplink."""
-    guard, held = "vpcctl-guard", ("chain", "filter", "vpcctl-guard")
-    steps = [chain_step(guard, "the host was no router before: strangers do not get through it")]
+    held = ("chain", "filter", GUARD)
+    steps = [chain_step(GUARD, "the host was no router before: strangers do not get through it")]
     for uplink in uplinks:
         steps += [
             # Translated, not RELATED: an ICMP error about a connection of the host's own would pass as that.
-            rule_step(guard, ("-i", uplink, "-m", "conntrack", "--ctstate", "ESTABLISHED,SNAT,DNAT",
+            rule_step(GUARD, ("-i", uplink, "-m", "conntrack", "--ctstate", "ESTABLISHED,SNAT,DNAT",
                               "-j", "RETURN"),
                       "answers, and what was published", place="prepend", holder=held),
-            rule_step(guard, ("-i", uplink, "-j", "DROP"), "nothing else enters by the uplink", place="append",
+            rule_step(GUARD, ("-i", uplink, "-j", "DROP"), "nothing else enters by the uplink", place="append",
                       holder=held)]
-    return steps + [jump_step("FORWARD", ("-j", guard), "the host was no router before", "vpcctl")]
+    return steps + [jump_step("FORWARD", ("-j", GUARD), "the host was no router before", "vpcctl")]
 
 
 def plan_rest(forward, uplinks):
     """Behind everybody's rules in FORWARD: what none of them has accepted is dropped, so that an interface that
     comes later passes packets on only where its own program says so."""
-    rest, held = "vpcctl-rest", ("chain", "filter", "vpcctl-rest")
+    held = ("chain", "filter", REST)
     before = [("-i", device) for device in forward.get("kept_on", ())]
     # With br_netfilter, frames that only cross a bridge are asked here, too.
     before += [("-i", device, "-o", device) for device in forward["kept_off"]]
-    steps = [chain_step(rest, "what no rule has accepted"),
-             rule_step(rest, ("-j", "DROP"), "the host was no router before", place="last", holder=held)]
-    steps += [rule_step(rest, words + ("-j", "RETURN"), "as before", place="prepend", holder=held)
+    steps = [chain_step(REST, "what no rule has accepted"),
+             rule_step(REST, ("-j", "DROP"), "the host was no router before", place="last", holder=held)]
+    steps += [rule_step(REST, words + ("-j", "RETURN"), "as before", place="prepend", holder=held)
               for words in before
               if words[1] not in uplinks and words[1] != "lo"]
-    return steps + [rule_step("FORWARD", ("-j", rest), "what no rule has accepted", place="last")]
+    return steps + [rule_step("FORWARD", ("-j", REST), "what no rule has accepted", place="last")]
 
 
 def forward_step(key, value, why, undo=(), optional=""):
@@ -2800,11 +2802,13 @@ def render_resolv(vpc):
 
 
 def recorded_rules(vpc):
-    """The host's firewall rules of one VPC, as commands: for people who read the record; never run from it."""
+    """The host's firewall rules of one VPC, as commands: for people who read the record, never run from it; and to
+    tell whether an earlier version has made them."""
     steps = plan_chains(vpc) + (plan_nat(vpc) if vpc.get("nat") else [])
     rules = [argv for step in steps for argv in step.do if argv[0] == "iptables"]
-    return rules + [rule_argv(("-I", vpc["chain_src"], "1"), source_words(subnet), ALIAS + vpc["name"])
-                    for subnet in vpc["subnets"]]
+    rules += [rule_argv(("-I", vpc["chain_src"], "1"), source_words(subnet), ALIAS + vpc["name"])
+              for subnet in vpc["subnets"]]
+    return [list(argv) for argv in rules]
 
 
 def first_address(cidr):
@@ -2959,7 +2963,8 @@ def is_our_link(path):
 
 
 def ask(*argv, has):
-    """Ask a tool that prints JSON -> its entries that are not empty, each of which has the key `has`.
+    """Ask a tool that prints JSON -> its entries that are not empty, each of which has the key `has`, with a text (a
+    number, if that is the priority).
 
     Raises Failure if the tool failed, or printed something else.
     """
@@ -2969,7 +2974,10 @@ def ask(*argv, has):
     # Before 5.0, ip told a route's type without a key, which is no JSON, and a rule's action by another key.
     fixed = re.sub(r'\{"(\w+)",', r'{"type":"\1",', out.replace('"to_tbl":', '"action":'))
     try:                                          # a name may hold any character: ip prints some as they are
-        return [entry for entry in json.loads(fixed or "[]", strict=False) if entry and entry[has] is not None]
+        entries = [entry for entry in json.loads(fixed or "[]", strict=False) if entry]
+        if any(type(entry[has]) is not (int if has == "priority" else str) for entry in entries):
+            raise ValueError(has)
+        return entries
     except (ValueError, TypeError, LookupError, RecursionError):
         raise Failure(argv, NO_JSON + out[:80]) from None
 
@@ -3160,7 +3168,7 @@ def rule_words(line):
     return [word or re.sub(r"\\(.)", r"\1", quoted, flags=re.S) for quoted, word in found]
 
 
-OUR_CHAIN = re.compile(r"vpc-[A-Za-z0-9_-]{1,24}\Z|vpcctl-guard\Z").match
+OUR_CHAIN = re.compile(f"(?:vpc-[A-Za-z0-9_-]{{1,24}}|{GUARD}|{REST})\\Z").match
 
 
 def comment_of(rule):
@@ -3381,9 +3389,9 @@ def new_vpc(ctl, name, cidr, world, used=None):
     block = as_network(cidr)
     if not 8 <= block.prefixlen <= 29:
         raise Problem("%s: a VPC's range is from /8 to /29" % cidr, "10.20.0.0/16 is a good size")
-    for what in ("is_loopback", "is_multicast", "is_link_local", "is_unspecified", "is_reserved"):
-        if getattr(block, what) or getattr(block[0], what):
-            raise Problem("%s is %s, which cannot be a VPC's range" % (cidr, what[3:].replace("_", "-")),
+    for reserved, what in UNROUTED.items():
+        if block.overlaps(as_network(reserved)):
+            raise Problem(f"{cidr} is {what}, which cannot be a VPC's range",
                           "take a private range: 10.0.0.0/8, 172.16.0.0/12 or 192.168.0.0/16")
     for other in world.values():
         if block.overlaps(as_network(other["cidr"])):
@@ -3530,7 +3538,7 @@ def clear_orphans(ctl, name):
     steps = orphans(ctl, seen, name)
     if name and steps:
         ctl.note("clearing away what is left of an earlier VPC %s without a record" % name)
-    if any(step.fact == ("chain", "filter", "vpcctl-guard") for step in steps):
+    if any(step.fact == ("chain", "filter", GUARD) for step in steps):
         back = (("sysctl", "-w", "net.ipv4.ip_forward=0"),) + tuple(     # it clears those of our bridges, too
             ("sysctl", "-w", link_conf("ipv4", vpc["bridge"], "forwarding") + "=1") for vpc in ctl.world.values())
         steps.append(Step(WIRE, ("sysctl", "net.ipv4.ip_forward", "1"), (), back, "the guard says that it was off before"))
@@ -3640,11 +3648,19 @@ def is_down(vpc, interfaces=None):
     return vpc["bridge"] not in (host_interfaces() if interfaces is None else interfaces)
 
 
+def is_outdated(vpc):
+    """Whether a VPC's rules were made by an earlier version, whose plans were others."""
+    return vpc["host_iptables"] != recorded_rules(vpc)
+
+
 def heal_first(ctl, names):
-    """Before a change: finish what was cut short in the VPCs that it is about, and bring up those that are down."""
+    """Before a change: finish what was cut short in the VPCs that it is about, bring up those that are down, and
+    bring up to date what an earlier version has made."""
     unsound = sorted(set(ctl.is_unsound(names)) | set(ctl.intents))
     if unsound:
-        ctl.note("first putting right what an interrupted change or a restart has left: %s" % ", ".join(unsound))
+        ctl.note("first putting right what an interrupted change, a restart or an earlier version has left: "
+                 + ", ".join(unsound))
+        clear_strays(ctl, unsound)
         mend(ctl, unsound, strict=False)
 
 
@@ -3750,6 +3766,9 @@ def mend_records(ctl, new, names, troubles, staying):
         else:                                     # its deployment was cut short, and it never ran
             new[name]["apps"].remove(app)
             ctl.note("%s; taken out of the record" % problem)
+    for name in names:
+        if name in new:
+            new[name]["host_iptables"] = recorded_rules(new[name])
     touched = [name for name in sorted(set(new) | set(ctl.world)) if new.get(name) != ctl.world.get(name)]
     ctl.finish(set(touched) | set(ctl.intents), new)
     return started, len(touched)
@@ -5849,11 +5868,14 @@ CONDITIONS = frozenset(("fwmark", "tos", "dst", "uid_start", "ipproto", "sport",
 
 
 def overlap(address, length, ranges):
-    """Whether a block touches one of some ranges (of numbers). "all" and "default" touch each."""
+    """Whether a block touches one of some ranges (of numbers). "all" and "default" touch each. That of a routing
+    rule may have host bits, which the kernel passes over."""
     if address in ("all", "default"):
         return True
-    first, last = bounds(address if "/" in address else f"{address}/{length}")
-    return any(first <= high and low <= last for low, high in ranges)
+    address, _, own_length = address.partition("/")
+    size = 1 << 32 - int(own_length or length)
+    first = address_number(address) // size * size
+    return any(first <= high and low < first + size for low, high in ranges)
 
 
 def leads_to(route, ranges, default):
@@ -5884,7 +5906,7 @@ def lookup_text(entry):
 
 def foreign_rules(seen, world):
     """Others' firewall rules in our chains and in our namespaces -> [(VPC, text, does it harm)]."""
-    places = {("filter", "vpcctl-guard"): ""}
+    places = {("filter", GUARD): "", ("filter", REST): ""}
     for name, vpc in world.items():
         chains = [vpc["chain"], vpc["chain_in"], vpc["chain_src"]] + [peer["chain"] for peer in vpc["peers"]]
         places.update((("filter", chain), name) for chain in chains)
@@ -5894,13 +5916,14 @@ def foreign_rules(seen, world):
         if space is None and (table, chain) not in places or all(ours for _, ours in rules):
             continue
         name = places.get((table, chain), "") if space is None else spaces.get(space, "")
+        drops = max((number for number, (rule, ours) in enumerate(rules) if ours and target_of(rule) == "DROP"),
+                    default=-1)                   # our last one
         for number, (rule, ours) in enumerate(rules):
             if not ours:
                 tool = f"ip netns exec {space} iptables" if space else "iptables"
                 table_words = f" -t {table}" if table != "filter" else ""
-                harms = any(own and target_of(later) == "DROP" for later, own in rules[number + 1:])
                 found.append((name, f"firewall rule: {tool}{table_words} -A {chain} {shown(rule)}",
-                              harms and opens(seen, (space, table), rule)))
+                              number < drops and opens(seen, (space, table), rule)))
     return found
 
 

@@ -16,6 +16,7 @@ import tempfile
 import time
 
 from injection import Injector, load_vpcctl, state
+from packets import settle
 from support import (VPCCTL, SandboxTest, assert_same, in_ns, port_command, record, run, snapshot, vpcctl, wait_until)
 from sweep import ALL, APP, BLOG, NAT, PEER, PUBLISH, SCENARIOS, SHOP, TWO, Sweep, missing_scenarios, sample
 
@@ -551,6 +552,38 @@ class RebootTest(FaultTest):
     def test_delete_after_a_restart(self):
         self.obey(*ALL)
         self.boot("delete")
+
+
+# ---- what an earlier version has made ----
+
+class EarlierVersionTest(FaultTest):
+
+    def age(self, name):
+        """Make a VPC look as one whose rules an earlier version made: without vpcctl-rest, and with another rule."""
+        for words in ("-D FORWARD -j vpcctl-rest -m comment --comment vpcctl", "-F vpcctl-rest", "-X vpcctl-rest"):
+            settle("iptables", *words.split())
+        found = record(name)
+        rule = ["-i", found["bridge"], "-p", "tcp", "-m", "comment", "--comment", "vpcctl:" + name, "-j", "ACCEPT"]
+        settle("iptables", "-I", found["chain_in"], "2", *rule)
+        found["host_iptables"].append(["iptables", "-I", found["chain_in"], "2"] + rule)
+        with open(DATA("vpc_%s.json" % name), "w") as opened:
+            json.dump(found, opened)
+
+    def test_a_change_brings_it_up_to_date(self):
+        settle(*"ip link add far0 type veth peer name far1".split())
+        settle(*"ip link set far0 up".split())
+        self.obey(*BLOG + SHOP + [NAT, "enable-nat shop --interface far0"])
+        before = state()
+        for change, back in (("disable-nat shop", "enable-nat shop --interface far0"),
+                             ("deploy-app shop web --port 8080", "stop-app shop web --port 8080")):
+            self.age("shop")
+            self.assertIn("an earlier version", self.obey(change).err)
+            self.obey("verify")
+            self.assertNotIn("an earlier version", self.obey(back).err)
+            assert_same(before, state(), change)
+        self.age("shop")
+        self.obey("delete shop", "verify", "cleanup-all")
+        settle("ip", "link", "del", "far0")
 
 
 # ---- what is not ours ----

@@ -128,8 +128,15 @@ class OwnershipTest(SandboxTest):
 
     def test_a_record_that_names_things_of_another_vpc(self):
         """Our mark alone is not enough: it must be this VPC's."""
+        self.names_things_of_another(lambda made: load_vpcctl().recorded_rules(made))
+
+    def test_a_record_that_names_them_and_is_of_an_earlier_version(self):
+        self.names_things_of_another(lambda made: made["host_iptables"])
+
+    def names_things_of_another(self, rules):
         chain, whole = record("shop")["chain"], settle("iptables-save", "-t", "filter")
         edit("blog", bridge="br-shop", chain=chain)
+        edit("blog", host_iptables=rules(record("blog")))
         said = obey("delete blog").err
         self.assertIn("br-shop", said)
         self.assertIn("chain " + chain, said)
@@ -213,6 +220,7 @@ class OwnershipTest(SandboxTest):
 
     def test_empty_chains(self):
         """A flush leaves chains that no rule marks as ours; those that somebody else uses stay."""
+        obey("enable-nat blog --interface eth0")
         run(["iptables", "-F"])
         run(["iptables", "-t", "raw", "-F"])
         self.undo += ["iptables -X theirs", "iptables -X vpc-theirs",
@@ -465,7 +473,8 @@ class ForeignTest(SandboxTest):
         self.look([rule("5301 from all lookup 53"), rule("5210 fwmark 0x80000/0xff0000 lookup 52")],
                   [rule(words) for words in (
                       "5270 from all lookup 52", "5271 from all lookup 54", "100 from all lookup main",
-                      "101 iif br-blog lookup 52", "102 from 10.20.1.0/24 lookup 52", "103 iif eth0 lookup 54")],
+                      "101 iif br-blog lookup 52", "102 from 10.20.1.0/24 lookup 52",
+                      "109 from 10.20.1.7/8 lookup 52", "103 iif eth0 lookup 54")],
                   [rule(words) for words in (
                       "104 from 192.0.2.2 lookup 52", "105 iif lo lookup 52", "9000 from all lookup 52",
                       "106 from all lookup local", "107 from all oif eth0 lookup 52",
@@ -487,12 +496,14 @@ class ForeignTest(SandboxTest):
         settle("iptables", "-A", "f2b", "-j", "RETURN")
         settle("iptables", "-N", "opens")
         settle("iptables", "-A", "opens", "-s", "110.1.1.0/24", "-j", "ACCEPT")
+        obey("enable-nat blog --interface eth0")
         blog, notes, findings = record("blog"), [], []
-        for chain in (blog["chain"], blog["chain_in"], blog["peers"][0]["chain"]):
+        for chain in (blog["chain"], blog["chain_in"], blog["peers"][0]["chain"], "vpcctl-guard", "vpcctl-rest"):
             for into, words in ((notes, "-s 110.1.2.0/24 -j DROP"), (notes, "-s 110.1.3.0/24"), (notes, "-j f2b"),
                                 (findings, "-s 110.1.4.0/24 -j ACCEPT"), (findings, "-j opens"),
                                 (findings, "-s 110.1.5.0/24 -j RETURN")):
-                into.append(("iptables -I %s 2 %s" % (chain, words), "iptables -D %s %s" % (chain, words),
+                place = 1 if chain == "vpcctl-rest" else 2
+                into.append(("iptables -I %s %d %s" % (chain, place, words), "iptables -D %s %s" % (chain, words),
                              "iptables -A %s %s" % (chain, words)))
         self.look(notes, findings)
         for words in ("-F f2b", "-X f2b", "-F opens", "-X opens"):

@@ -356,7 +356,8 @@ class AddressTest(TextTest):
         for bad, text in (("10.0.0.0/30", "from /8 to /29"), ("0.0.0.0/0", "from /8 to /29"), ("8.0.0.0/7", "from /8"),
                           ("127.0.0.0/8", "is loopback"), ("224.0.0.0/8", "is multicast"),
                           ("169.254.0.0/16", "is link-local"), ("0.0.0.0/8", "is unspecified"),
-                          ("240.0.0.0/8", "is reserved")):
+                          ("240.0.0.0/8", "or reserved"),
+                          ("0.1.0.0/16", "is unspecified"), ("169.0.0.0/8", "is link-local")):
             self.assert_problem(text, make_vpc, {}, "x", bad)
         make_vpc(blog(), "x", "10.21.0.0/16")
         self.assert_problem("10.0.0.0/8 overlaps VPC blog", make_vpc, blog(), "x", "10.0.0.0/8")
@@ -867,7 +868,7 @@ class RecordTest(TextTest):
         vpc["forward"] = {"was": "0", "kept_off": ["wlan0"]}
         vpc["published"].append({"subnet": "web", "host_port": 8080, "port": 80, "protocol": "tcp", "interface": "eth0"})
         vpc["apps"].append(dict(tool.new_app(vpc, vpc["subnets"][0], 8080, []), pid=4242, start="boot/123"))
-        vpc["host_iptables"] = [list(argv) for argv in tool.recorded_rules(vpc)]
+        vpc["host_iptables"] = tool.recorded_rules(vpc)
         return json.loads(json.dumps(vpc))
 
     def test_a_sound_record(self):

@@ -135,7 +135,8 @@ class AnswerTest(unittest.TestCase):
 
     def test_what_cannot_be_read(self):
         for out in ("<html>" + "y" * 100, '[{"dst":"a"', "[7]", '{"dst": 1}', '["text"]', "null", "7", "\0",
-                    "[" * 100000, '[{"other":1}]', '[["dst"]]', "default via 192.0.2.1 dev eth0"):
+                    "[" * 100000, '[{"other":1}]', '[{"dst":[]}]', '[{"dst":7}]', '[["dst"]]',
+                    "default via 192.0.2.1 dev eth0"):
             with self.subTest(out[:20]), self.assertRaises(tool.Failure) as caught:
                 self.ask(out)
             self.assertEqual(caught.exception.said, "this is no JSON that can be read: " + out[:80])
