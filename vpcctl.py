@@ -4541,7 +4541,7 @@ def await_apps(ctl, children):
             ended = child.poll() is not None      # asked first: what it has left behind is there by now
             pid = app["pid"] = found_app(app)
             now = time.monotonic()
-            if pid and (pid != child.pid or now > seen.setdefault(pid, now) + SETTLE_WAIT):
+            if pid and now > seen.setdefault(pid, now) + SETTLE_WAIT:
                 app["start"] = process_start(pid)
                 waiting.remove((app, child))
                 note_listeners(ctl, app)
