@@ -7235,7 +7235,9 @@ def selects(rule, packet):
     here)."""
     known = {"priority", "src", "srclen", "dst", "dstlen", "iif", "ipproto", "sport", "dport", "table", "action",
              "protocol", "fwmark", "fwmask", "not", "suppress_prefixlen"}
-    answers = [None] if set(rule) - known else []
+    # Since 6.15, ip tells the mask of a port as well: all of it, unless somebody has typed another.
+    whole_ports = {(key, "0xffff") for key in ("sport_mask", "dport_mask")}
+    answers = [None] if {(key, str(rule[key])) for key in set(rule) - known} - whole_ports else []
     for field, address in (("src", packet.source), ("dst", packet.target)):
         if rule.get(field, "all") != "all":
             answers.append(ip_inside(address, f"{rule[field]}/{rule.get(field + 'len', 32)}"))

@@ -453,7 +453,10 @@ class Rules(unittest.TestCase):
                              ({"priority": 1, "dst": "10.20.2.2"}, True), ({"priority": 1, "dst": "10.20.2.3"}, False),
                              ({"priority": 1, "iif": "br-blog [detached]"}, True), ({"priority": 1, "iif": "lo"}, False),
                              ({"priority": 1, "ipproto": "udp"}, False), ({"priority": 1, "dport": 5432}, True),
-                             ({"priority": 1, "fwmark": "0x1"}, False), ({"priority": 1, "fwmark": "0x1", "not": None}, True), ({"priority": 1, "tos": "0x10"}, None)):
+                             ({"priority": 1, "fwmark": "0x1"}, False), ({"priority": 1, "fwmark": "0x1", "not": None}, True),
+                             ({"priority": 1, "tos": "0x10"}, None), ({"priority": 1, "odd": []}, None),
+                             ({"priority": 1, "dport": 5432, "dport_mask": "0xffff"}, True),
+                             ({"priority": 1, "dport": 5432, "dport_mask": "0xff00"}, None)):
             self.assertEqual(vpcctl.selects(rule, packet), answer, rule)
 
 
